@@ -1,0 +1,114 @@
+"""The report's pictures, as plotly figures."""
+
+from typing import Any
+
+import plotly.graph_objects as go
+
+from orchestration.results import USABLE, TrialRecord
+
+# Okabe-Ito: told apart by the colour-blind, readable on light and dark.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C00", "#7F7F7F")
+GREY = "#7d8796"
+
+
+def _layout(figure: go.Figure, title: str, x_title: str, y_title: str, height: int = 400) -> go.Figure:
+    axis = {"gridcolor": "rgba(125,135,150,0.25)", "linecolor": GREY, "zeroline": False}
+    figure.update_layout(
+        title={"text": title, "font": {"size": 15}},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": GREY, "size": 12},
+        margin={"l": 64, "r": 16, "t": 48, "b": 56},
+        height=height,
+        legend={"font": {"size": 11}},
+        xaxis={"title": x_title, **axis},
+        yaxis={"title": y_title, **axis},
+    )
+    return figure
+
+
+def _group(record: TrialRecord) -> str:
+    candidate = record.candidate
+    return f"rank {candidate['lora_rank']}, {'+'.join(candidate['target'])}, batch {candidate['global_batch_size']}"
+
+
+def lr_loss_chart(records: list[TrialRecord]) -> go.Figure:
+    """Best eval_loss against learning rate (log axis), one line per rank, target set and batch."""
+    figure = go.Figure()
+    scored = [record for record in records if record.best and record.status in USABLE]
+    for index, group in enumerate(sorted({_group(record) for record in scored}, key=_by_rank)):
+        members = sorted((r for r in scored if _group(r) == group), key=lambda r: r.candidate["learning_rate"])
+        figure.add_scatter(
+            x=[record.candidate["learning_rate"] for record in members],
+            y=[record.best["eval_loss"] for record in members if record.best],
+            mode="lines+markers",
+            name=group,
+            text=[f"{record.name} ({record.status})" for record in members],
+            marker={"size": 9, "symbol": ["circle" if r.status == "finished" else "circle-open" for r in members]},
+            line={"color": COLORS[index % len(COLORS)]},
+        )
+    _mark_diverged(figure, records)
+    figure = _layout(figure, "Best eval_loss by learning rate", "learning_rate", "eval_loss (nats/token)")
+    figure.update_xaxes(type="log")
+    figure.update_layout(legend={"orientation": "h", "y": -0.25})
+    return figure
+
+
+def _mark_diverged(figure: go.Figure, records: list[TrialRecord]) -> None:
+    diverged = [record for record in records if record.status == "diverged"]
+    scored = [record.best["eval_loss"] for record in records if record.best]
+    if diverged:
+        figure.add_scatter(
+            x=[record.candidate["learning_rate"] for record in diverged],
+            y=[max(scored, default=1.0)] * len(diverged),
+            mode="markers",
+            name="diverged",
+            text=[f"{record.name}: {record.reason}" for record in diverged],
+            marker={"size": 11, "symbol": "x", "color": "#D55E00"},
+        )
+
+
+def _by_rank(group: str) -> tuple[int, str]:
+    return int(group.split(",")[0].removeprefix("rank ")), group
+
+
+def learning_curves(records: list[TrialRecord]) -> go.Figure:
+    """eval_loss against examples seen, one line per trial, from the untouched base on."""
+    figure = go.Figure()
+    for index, record in enumerate(records):
+        figure.add_scatter(
+            x=[row["examples"] for row in record.rows],
+            y=[row["eval_loss"] for row in record.rows],
+            mode="lines+markers",
+            name=f"{record.name} ({record.status})",
+            line={"color": COLORS[index % len(COLORS)], "dash": "solid" if record.status == "finished" else "dot"},
+            marker={"size": 6},
+        )
+    height = 380 + 16 * len(records)
+    figure = _layout(figure, "Learning curves", "examples", "eval_loss (nats/token)", height)
+    figure.update_layout(legend={"orientation": "h", "y": -0.2 - 0.002 * len(records)})
+    return figure
+
+
+def capacity_chart(plan: dict[str, Any]) -> go.Figure:
+    """Adapter bits (2 per parameter) of every rank and target set that was considered, against the
+    dataset's bits."""
+    bars: dict[tuple[int, str], tuple[int, bool]] = {}
+    for item in [*plan["candidates"], *plan["discarded"]]:
+        candidate = item["candidate"]
+        key = (candidate["lora_rank"], "+".join(candidate["target"]))
+        bars[key] = (item["adapter_bits"], item["adapter_bits"] >= plan["dataset_bits"])
+    keys = sorted(bars)
+    labels = [f"r{rank}<br>{target.replace('+', '<br>+')}" for rank, target in keys]
+    figure = go.Figure(
+        go.Bar(
+            x=labels,
+            y=[bars[key][0] for key in keys],
+            marker={"color": ["#009E73" if bars[key][1] else "#D55E00" for key in keys]},
+            showlegend=False,
+        )
+    )
+    figure.add_hline(y=plan["dataset_bits"], line={"dash": "dash", "color": GREY}, annotation_text="dataset bits")
+    figure = _layout(figure, "Capacity: adapter bits against dataset bits", "lora_rank and target", "bits")
+    figure.update_yaxes(type="log")
+    return figure

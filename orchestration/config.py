@@ -1,0 +1,250 @@
+"""sweep.yaml: what a user may write, with one line of meaning per key."""
+
+import difflib
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class ConfigError(ValueError):
+    """A sweep.yaml that cannot be used; the message is complete, one line per problem."""
+
+
+class LogRange(BaseModel):
+    """`num` log-spaced values from `low` to `high`, both included."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+    num: int = Field(ge=1)
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction01 = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class SweepConfig(BaseModel):
+    """A sweep. Keys that are None take the doctrine's default, which `tenfold plan` prints."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    model: str
+    """Folder, hub id, or (for plan) a config.json."""
+    data: str | None = None
+    """File, folder or hub id; dataset_tokens instead is enough for plan."""
+    name: str | None = None
+    """Folder name under runs/; default: model and data."""
+    revision: str | None = None
+    """Hub revision of the model."""
+    columns: dict[str, str] | None = None
+    """Column map, e.g. {prompt: question, completion: answer}."""
+    format: str | None = None
+    """Row shape, when the first row does not tell."""
+    chat_template: str | None = None
+    """Jinja file, for a base that has no chat template."""
+    dataset_tokens: int | None = None
+    """Loss-bearing tokens of one epoch, instead of data."""
+    method: Literal["sft", "rl"] = "sft"
+    """Supervised fine-tuning, or reinforcement learning (plan only)."""
+
+    lora_rank: int | list[int] | LogRange | None = None
+    learning_rate: float | list[float] | LogRange | None = None
+    global_batch_size: int | list[int] | LogRange | None = None
+    lora_alpha: float | list[float] | LogRange | None = None
+    target: str | list[str] | list[list[str]] | None = None
+    """Components (attn, mlp, experts, unembed) or layer names; a list of lists sweeps over them."""
+    lr_prior: Literal["doctrine", "tinker"] | Positive = "doctrine"
+    size_class: str | None = None
+    """Row of the doctrine's rank table, e.g. 7-8B; default: by parameter count."""
+    full_ft_learning_rate: Positive | None = None
+    """A known full-fine-tuning learning rate; the LoRA prior is 10x it."""
+    capacity: Literal["doctrine"] | Positive = "doctrine"
+    """Bits per loss-bearing token; doctrine: 1."""
+    capacity_policy: Literal["discard", "advisory"] = "discard"
+
+    search: Literal["grid", "random"] = "grid"
+    num_candidates: PositiveInt | None = None
+    """Candidates to draw (random), or to keep of the grid, the doctrine's centre first."""
+    scheduler: Literal["asha", "fifo", "median"] = "asha"
+    grace_period: PositiveInt | None = None
+    """Examples that every trial sees before it may be stopped; default: a quarter of the budget."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 4
+
+    epochs: Positive | None = None
+    examples: PositiveInt | None = None
+    """Budget of a trial; default: 1 epoch."""
+    seq_len: Annotated[int, Field(ge=2)] | None = None
+    """Longest row in tokens (max_length); default: the model's, at most 1024."""
+    truncation: Literal["drop", "cut"] = "drop"
+    """What happens to a longer row."""
+    eval: Annotated[float, Field(gt=0, lt=1)] | str = 0.05
+    """Held-out fraction, by content hash, or a file."""
+    eval_every: PositiveInt | None = None
+    """Examples between evaluations; default: a quarter of the budget."""
+
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Below 1 a fraction of the steps, else steps."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    dropout: Fraction01 | list[Fraction01] = 0.0
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    quantization: Literal["nf4", "none"] = "nf4"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the GPU has it, else fp32."""
+    workers_per_trial: PositiveInt = 1
+    cpus_per_worker: PositiveInt = 1
+    gpus_per_worker: Literal["auto", 0, 1] = "auto"
+    """auto: 1 where the cluster has GPUs."""
+    micro_batch_size: PositiveInt | None = None
+    """Largest micro-batch of one worker; default 8."""
+    engine: Literal["solo"] = "solo"
+    address: str | None = None
+    """A running Ray cluster; default: a local one is started."""
+    storage: str = "runs"
+    """Folder that holds runs/NAME; shared by all nodes of a cluster."""
+    tracking: list[Literal["wandb", "tensorboard"]] = []
+
+    @field_validator("tracking", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("dataset_tokens", mode="before")
+    @classmethod
+    def _whole_number(cls, value: Any) -> Any:
+        # 2.0e9 is how people write it; YAML makes it a float.
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        return value
+
+    @field_validator("dataset_tokens")
+    @classmethod
+    def _positive(cls, value: int | None) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError("must be >= 1")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SweepConfig":
+        if self.data is None and self.dataset_tokens is None:
+            raise ValueError("give data (a file, folder or hub id), or dataset_tokens for plan alone")
+        if self.epochs is not None and self.examples is not None:
+            raise ValueError("give epochs or examples, not both")
+        if self.search == "random" and self.num_candidates is None:
+            raise ValueError("search: random needs num_candidates")
+        return self
+
+
+SPACE_KEYS = (
+    "lora_rank",
+    "learning_rate",
+    "global_batch_size",
+    "lora_alpha",
+    "target",
+    "lr_schedule",
+    "warmup",
+    "weight_decay",
+    "max_grad_norm",
+    "dropout",
+    "seed",
+)
+
+
+def space_overrides(config: SweepConfig) -> dict[str, Any]:
+    """The keys of the search space that the user wrote, as `build_space` takes them."""
+    dumped = config.model_dump(include=set(SPACE_KEYS), exclude_unset=True)
+    return {key: value for key, value in dumped.items() if value is not None}
+
+
+def load_config(path: Path, **flags: Any) -> SweepConfig:
+    """Reads a sweep.yaml; flags that are not None (from the command line) win over the file.
+
+    Raises:
+        ConfigError: not YAML, a duplicate or unknown key, a value out of range; all problems at once.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {_yaml_message(error)}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold `key: value` lines (model: ..., data: ...), holds {type(values).__name__}")
+    values |= {key: value for key, value in flags.items() if value is not None}
+    return make_config(values, str(path))
+
+
+def make_config(values: dict[str, Any], where: str) -> SweepConfig:
+    """A checked config from plain values.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    unknown = [_unknown_key(key, where) for key in values if key not in SweepConfig.model_fields]
+    known = {key: value for key, value in values.items() if key in SweepConfig.model_fields}
+    try:
+        config = SweepConfig.model_validate(known)
+    except ValidationError as error:
+        raise ConfigError("\n".join([*unknown, *_problems(error, where)])) from error
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    return config
+
+
+def _unknown_key(key: object, where: str) -> str:
+    close = difflib.get_close_matches(str(key), SweepConfig.model_fields, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(SweepConfig.model_fields)}"
+    return f"{where}: unknown key {key!r}; {hint}"
+
+
+def _problems(error: ValidationError, where: str) -> list[str]:
+    # A union reports one problem per alternative; one line per key is what a person can use.
+    lines: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        key = str(item["loc"][0]) if item["loc"] else ""
+        message = item["msg"].removeprefix("Value error, ")
+        got = f", got {item['input']!r}" if item["loc"] else ""
+        lines.setdefault(key, f"{where}: {key + ': ' if key else ''}{message}{got}")
+    return list(lines.values())
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats (1e-4 is a number) and no duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> float:
+        value = float(self.construct_scalar(node))
+        if not math.isfinite(value):
+            raise yaml.constructor.ConstructorError(None, None, "a number must be finite", node.start_mark)
+        return value
+
+
+def _regular_expression() -> Any:
+    import re
+
+    return re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")
+
+
+_Loader.add_constructor("!exponent", _Loader.construct_number)
+_Loader.add_implicit_resolver("!exponent", _regular_expression(), list("-+0123456789"))
+
+
+def _yaml_message(error: Exception) -> str:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None:
+        return str(error).splitlines()[0]
+    return f"line {mark.line + 1}: {problem}"

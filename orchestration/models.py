@@ -1,0 +1,90 @@
+"""From what a user writes after `model:` to a shape, without loading the model."""
+
+import json
+from pathlib import Path
+
+from search_spaces.architecture import ModelShape, UnknownArchitectureError
+
+TOKENIZER_PATTERNS = ("tokenizer*", "*.model", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt")
+
+
+def is_local(model: str) -> bool:
+    """Whether a model name means a path here (anything that exists, or looks like a path)."""
+    return Path(model).exists() or model.startswith((".", "/", "~")) or model.endswith(".json")
+
+
+def config_path(model: str, revision: str | None = None) -> Path:
+    """config.json of a folder, of itself, or of a hub id (fetched).
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model {model}: the folder must hold a config.json, it has none")
+        return path / "config.json"
+    if path.is_file():
+        return path
+    if is_local(model):
+        raise ValueError(f"model {model}: no such file or folder")
+    return _from_hub(model, revision)
+
+
+def _from_hub(model: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(model, "config.json", revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"model {model}: neither a folder here nor a hub id that can be read ({first})") from error
+
+
+def model_shape(model: str, revision: str | None = None) -> ModelShape:
+    """The shape, from the config alone; of an unknown architecture from the model that transformers
+    builds without weights.
+
+    Raises:
+        ValueError: no readable config.
+    """
+    path = config_path(model, revision)
+    try:
+        return ModelShape.from_config(path)
+    except UnknownArchitectureError:
+        from trainers.meta_shape import shape_of_meta_model  # needs torch and transformers
+
+        return shape_of_meta_model(path)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+
+
+def require_weights(model: str) -> None:
+    """A sweep needs more than a config.json.
+
+    Raises:
+        ValueError: a local folder without safetensors, or a bare config file.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        raise ValueError(f"model {model}: a sweep needs a folder with weights, this is a file (plan can use it)")
+    if path.is_dir() and not list(path.glob("*.safetensors")):
+        raise ValueError(f"model {model}: the folder must hold *.safetensors weights, it has none")
+
+
+def model_folder(model: str, revision: str | None = None) -> str:
+    """A local folder that holds the tokenizer: the model's own, or the hub's files fetched.
+
+    Raises:
+        ValueError: nothing there.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        return str(path.parent)
+    from huggingface_hub import snapshot_download
+
+    _from_hub(model, revision)
+    return snapshot_download(model, revision=revision, allow_patterns=list(TOKENIZER_PATTERNS))

@@ -1,0 +1,219 @@
+"""runs/NAME/report.html: one self-contained page made from what is on disk."""
+
+import html
+from collections import defaultdict
+from typing import Any
+
+import yaml
+
+from orchestration.charts import capacity_chart, learning_curves, lr_loss_chart
+from orchestration.results import TrialRecord, best_trial, read_trials
+from trainers.paths import RunPaths, read_json, write_text
+
+STYLE = """
+:root { color-scheme: light dark; --fg: #1c2330; --muted: #5b6575; --line: #d9dee6; --bg: #ffffff;
+  --card: #f6f8fa; --good: #1a7f37; --bad: #b42318; --accent: #0b62c4; }
+@media (prefers-color-scheme: dark) { :root { --fg: #e6e9ef; --muted: #9aa4b5; --line: #333b49;
+  --bg: #14181f; --card: #1c222c; --good: #4ac26b; --bad: #ff8a7a; --accent: #6cb2ff; } }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: var(--fg);
+  background: var(--bg); margin: 0 auto; max-width: 1080px; padding: 32px 24px 64px; }
+h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 8px; }
+p, li { max-width: 78ch; } .muted { color: var(--muted); } .good { color: var(--good); }
+.bad { color: var(--bad); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px; margin: 20px 0; }
+.tile { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; }
+.tile b { display: block; font-size: 22px; } .tile span { color: var(--muted); font-size: 13px; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
+th, td { text-align: left; padding: 6px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--muted); font-weight: 600; white-space: nowrap; }
+td.num, th.num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+tr.chosen td { background: var(--card); font-weight: 600; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; overflow-x: auto; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 12px; }
+.chart { min-width: 0; border: 1px solid var(--line); border-radius: 8px; padding: 6px; }
+.wide { grid-column: 1 / -1; }
+@media print { body { max-width: none; } .chart { break-inside: avoid; } }
+"""
+
+
+def write_report(run: RunPaths) -> None:
+    """Writes the page; what it shows is read from plan.json, resolved.json and the trials' files.
+
+    Raises:
+        FileNotFoundError: the folder is not that of a sweep.
+    """
+    plan, resolved = read_json(run.plan), read_json(run.resolved)
+    records = read_trials(run)
+    write_text(run.report, render(run.root.name, plan, resolved, records))
+
+
+def render(name: str, plan: dict[str, Any], resolved: dict[str, Any], records: list[TrialRecord]) -> str:
+    """The page as text."""
+    best = best_trial(records)
+    sections = [
+        _header(name, plan, records, best),
+        _charts(plan, records),
+        _section("Trials", _trials_table(records, best)),
+        _section("Best candidate", _best_yaml(resolved, best)),
+        _section(f"Discarded before any trial ({len(plan['discarded'])})", _discarded_table(plan)),
+        _section("Pitfalls", _pitfalls(plan)),
+        _section("Data", _data(plan)),
+        _section("Where the settings come from", _defaults(plan)),
+        _section("Versions", _versions(resolved)),
+    ]
+    title = html.escape(f"Tenfold: {name}")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head><body>{"".join(sections)}</body></html>\n'
+    )
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
+
+
+def _header(name: str, plan: dict[str, Any], records: list[TrialRecord], best: TrialRecord | None) -> str:
+    counts: dict[str, int] = defaultdict(int)
+    for record in records:
+        counts[record.status] += 1
+    ended = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    score = best.best if best else None
+    tiles = [
+        (f"{score['eval_loss']:.4f}" if score else "none", "best eval_loss (nats/token)"),
+        (f"{best.base_loss:.4f}" if best and best.base_loss is not None else "?", "eval_loss of the base"),
+        (f"{len(records)} + {len(plan['discarded'])}", f"trials + discarded ({ended})"),
+        (f"{plan['dataset_bits']:,}", "dataset bits (doctrine: 1 per loss-bearing token)"),
+    ]
+    boxes = "".join(f'<div class="tile"><b>{html.escape(b)}</b><span>{html.escape(s)}</span></div>' for b, s in tiles)
+    model = plan["model"]
+    intro = (
+        f"{html.escape(str(model['name']))}, {model['num_params'] / 1e6:,.1f}M parameters, "
+        f"method {html.escape(plan['method'])}"
+    )
+    return f'<h1>{html.escape(name)}</h1><p class="muted">{intro}</p>{_verdict(records, best)}<div class="tiles">{boxes}</div>'
+
+
+def _verdict(records: list[TrialRecord], best: TrialRecord | None) -> str:
+    if best is None or best.best is None:
+        return '<p class="bad">No trial ended with a usable score: every one diverged or failed (reasons below).</p>'
+    candidate, text = best.candidate, []
+    text.append(
+        f"Best: lora_rank {candidate['lora_rank']}, learning_rate {candidate['learning_rate']:.2e}, "
+        f"global_batch_size {candidate['global_batch_size']}, with eval_loss {best.best['eval_loss']:.4f} "
+        f"after {best.best['examples']:,} examples."
+    )
+    if best.base_loss is not None and best.best["eval_loss"] >= best.base_loss:
+        text.append("This is not better than the untouched base: the learning rates are too high or too low.")
+    rates = sorted({record.candidate["learning_rate"] for record in records})
+    if len(rates) > 1 and candidate["learning_rate"] in (rates[0], rates[-1]):
+        side = "lowest" if candidate["learning_rate"] == rates[0] else "highest"
+        text.append(f"Its learning rate is the {side} that was tried: the optimum may lie beyond the grid.")
+    text.append("One seed per candidate: differences below the noise between seeds decide nothing.")
+    return f"<p>{html.escape(' '.join(text))}</p>"
+
+
+def _charts(plan: dict[str, Any], records: list[TrialRecord]) -> str:
+    figures = [
+        ("chart", lr_loss_chart(records)),
+        ("chart", capacity_chart(plan)),
+        ("chart wide", learning_curves(records)),
+    ]
+    parts, script = [], True
+    for css, figure in figures:
+        # plotly's script goes in once, whole: the page must work without a network.
+        body = figure.to_html(full_html=False, include_plotlyjs=script, config={"displaylogo": False, "responsive": True})
+        parts.append(f'<div class="{css}">{body}</div>')
+        script = False
+    return f'<div class="charts">{"".join(parts)}</div>'
+
+
+def _table(headers: list[tuple[str, bool]], rows: list[tuple[str, list[str]]]) -> str:
+    """headers: (title, is a number); rows: (css class, cells)."""
+    head = "".join(f"<th{' class=num' if num else ''}>{html.escape(title)}</th>" for title, num in headers)
+    body = "".join(
+        f"<tr class='{css}'>"
+        + "".join(
+            f"<td{' class=num' if num else ''}>{html.escape(cell)}</td>" for cell, (_, num) in zip(cells, headers, strict=True)
+        )
+        + "</tr>"
+        for css, cells in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _trials_table(records: list[TrialRecord], best: TrialRecord | None) -> str:
+    headers = [("trial", False), ("rank", True), ("learning_rate", True), ("batch", True), ("status", False)]
+    headers += [("eval_loss", True), ("bits/byte", True), ("at examples", True), ("seconds", True), ("reason", False)]
+    rows = []
+    for record in records:
+        c, top = record.candidate, record.best
+        numbers = (
+            [f"{top['eval_loss']:.4f}", f"{top['eval_bits_per_byte']:.4f}", f"{top['examples']:,}"] if top else ["", "", ""]
+        )
+        seconds = f"{record.rows[-1]['seconds']:.1f}" if record.rows else ""
+        cells = [record.name, str(c["lora_rank"]), f"{c['learning_rate']:.2e}", str(c["global_batch_size"])]
+        cells += [record.status, *numbers, seconds, record.reason]
+        rows.append(("chosen" if best and record.name == best.name else "", cells))
+    return _table(headers, rows)
+
+
+def _best_yaml(resolved: dict[str, Any], best: TrialRecord | None) -> str:
+    if best is None:
+        return "<p>None.</p>"
+    config = {key: value for key, value in resolved["config"].items() if value is not None}
+    config |= {key: value for key, value in best.candidate.items() if key in config or key in ("lora_rank", "learning_rate")}
+    config |= {"global_batch_size": best.candidate["global_batch_size"], "lora_alpha": best.candidate["lora_alpha"]}
+    config |= {"target": list(best.candidate["target"]), "name": f"{config.get('name', 'sweep')}-best"}
+    config.pop("num_candidates", None)
+    config.pop("search", None)
+    text = yaml.safe_dump(config, sort_keys=False)
+    return (
+        "<p>The adapter is in <code>best/</code>. To train it again, save this as best.yaml and run "
+        f"<code>tenfold sweep best.yaml</code>:</p><pre>{html.escape(text)}</pre>"
+    )
+
+
+def _discarded_table(plan: dict[str, Any]) -> str:
+    if not plan["discarded"]:
+        return "<p>None.</p>"
+    headers = [("rank", True), ("learning_rate", True), ("batch", True), ("target", False), ("rule", False), ("reason", False)]
+    rows = []
+    for item in plan["discarded"]:
+        c = item["candidate"]
+        cells = [str(c["lora_rank"]), f"{c['learning_rate']:.2e}", str(c["global_batch_size"]), "+".join(c["target"])]
+        rows.append(("", [*cells, item["rule"], item["reason"]]))
+    return _table(headers, rows)
+
+
+def _pitfalls(plan: dict[str, Any]) -> str:
+    if not plan["pitfalls"]:
+        return '<p class="good">None found.</p>'
+    headers = [("pitfall", False), ("what was found", False), ("fix", False)]
+    rows = [("", [p["symptom"], p["evidence"], p["fix"]]) for p in plan["pitfalls"]]
+    return _table(headers, rows)
+
+
+def _data(plan: dict[str, Any]) -> str:
+    if plan["data"] is None:
+        return "<p>Not given.</p>"
+    rows = [("", [key.replace("_", " "), _plain(value)]) for key, value in plan["data"].items() if value not in (None, [], {})]
+    return _table([("", False), ("", False)], rows)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _defaults(plan: dict[str, Any]) -> str:
+    rows = [("", [d["key"], d["value"], d["source"]]) for d in plan["defaults"]]
+    return _table([("setting", False), ("value", False), ("source", False)], rows)
+
+
+def _versions(resolved: dict[str, Any]) -> str:
+    return f"<p class='muted'>{html.escape(', '.join(f'{k} {v}' for k, v in resolved['versions'].items()))}</p>"

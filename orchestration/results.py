@@ -1,0 +1,73 @@
+"""What a sweep found, read from the trials' own files: never from a scheduler's memory."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from trainers.paths import RunPaths, TrialPaths, read_json, read_json_lines, write_json
+
+USABLE = ("finished", "stopped")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """One trial as it ended. best: its metrics row with the lowest eval_loss, None without one."""
+
+    name: str
+    candidate: dict[str, Any]
+    status: str
+    reason: str
+    rows: tuple[dict[str, Any], ...]
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        trained = [row for row in self.rows if row["steps"] > 0 and math.isfinite(row["eval_loss"])]
+        return min(trained, key=lambda row: row["eval_loss"], default=None)
+
+    @property
+    def base_loss(self) -> float | None:
+        """eval_loss of the untouched base, measured before the first step."""
+        return next((row["eval_loss"] for row in self.rows if row["steps"] == 0), None)
+
+
+def read_trial(paths: TrialPaths) -> TrialRecord:
+    """A trial from its folder; without a status it has not ended."""
+    status = read_json(paths.status) if paths.status.exists() else {"status": "unfinished", "reason": ""}
+    return TrialRecord(
+        name=paths.root.name,
+        candidate=read_json(paths.config)["candidate"],
+        status=status["status"],
+        reason=status["reason"],
+        rows=tuple(read_json_lines(paths.metrics)),
+    )
+
+
+def read_trials(run: RunPaths) -> list[TrialRecord]:
+    """All trials of a run, best first; those without a usable score last."""
+    folders = sorted(folder for folder in run.trials.iterdir() if (folder / "config.json").exists())
+    records = [read_trial(TrialPaths(folder)) for folder in folders]
+    return sorted(records, key=_ranking)
+
+
+def _ranking(record: TrialRecord) -> tuple[bool, float, str]:
+    score = record.best["eval_loss"] if record.best else math.inf
+    return record.status not in USABLE, score, record.name
+
+
+def best_trial(records: list[TrialRecord]) -> TrialRecord | None:
+    """The usable trial with the lowest eval_loss. A diverged or failed trial is never chosen,
+    whatever it scored before."""
+    usable = [record for record in records if record.status in USABLE and record.best]
+    return min(usable, key=_ranking, default=None)
+
+
+def mark_ended(paths: TrialPaths, status: str, reason: str) -> None:
+    """Writes how a trial ended, unless its worker already wrote it."""
+    if paths.status.exists():
+        return
+    rows = read_json_lines(paths.metrics)
+    last = rows[-1] if rows else {"examples": 0, "steps": 0}
+    write_json(
+        paths.status,
+        {"status": status, "reason": reason, "examples": last["examples"], "steps": last["steps"]},
+    )

@@ -1,0 +1,118 @@
+"""The frozen base of a sweep: fp32, bf16 or NF4 (bitsandbytes, double quantization), on CPU or GPU."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+Quantization = Literal["nf4", "none"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSpec:
+    """Which base, and in which numbers.
+
+    Args:
+        model: folder or hub id.
+        revision: hub revision, or None for its default branch.
+        quantization: "nf4" or "none".
+        dtype: "bf16" or "fp32" ("fp64" for tests): compute type, and storage of what stays
+            unquantized. "auto" is bf16 where the device has it, else fp32.
+    """
+
+    model: str
+    revision: str | None = None
+    quantization: Quantization = "nf4"
+    dtype: str = "auto"
+
+
+def pick_device() -> torch.device:
+    """The CUDA device of this worker when it has one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch type of a dtype name on a device.
+
+    Raises:
+        ValueError: an unknown name, or bf16 on a GPU that has none.
+    """
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":
+        return torch.bfloat16 if has_bf16 else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}")
+    if name == "bf16" and device.type == "cuda" and not has_bf16:
+        raise ValueError(f"dtype 'bf16' is not supported by {torch.cuda.get_device_name(device)}; set dtype: fp32")
+    return DTYPES[name]
+
+
+def load_base(spec: BaseSpec, device: torch.device | None = None) -> PreTrainedModel:
+    """The model on its device, frozen and in eval mode (a base's own dropout stays off).
+
+    Raises:
+        ValueError: the folder holds no loadable model, or NF4 reached no layer.
+    """
+    transformers_logging.disable_progress_bar()
+    device = device or pick_device()
+    dtype = resolve_dtype(spec.dtype, device)
+    quantization = _nf4_config(dtype) if spec.quantization == "nf4" else None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            spec.model,
+            revision=spec.revision or "main",
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=quantization,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except OSError as error:
+        raise ValueError(f"model {spec.model!r} cannot be loaded: {_first_line(error)}") from error
+    model.requires_grad_(False)
+    model.eval()
+    if spec.quantization == "nf4" and not nf4_layer_names(model):
+        raise ValueError(f"quantization nf4 reached no layer of {spec.model!r}; set quantization: none")
+    return model
+
+
+def _nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def meta_model(model: str | Path, revision: str | None = None) -> PreTrainedModel:
+    """The architecture without weights, on the meta device: names and true shapes."""
+    config = AutoConfig.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def nf4_layer_names(model: nn.Module) -> list[str]:
+    """Names of the layers that hold 4-bit weights."""
+    return [name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
+
+
+def true_num_params(model: nn.Module) -> int:
+    """Parameters of the model as its architecture has them: a 4-bit tensor packs two weights in one
+    byte, so its numel is half the count; a tied head counts once."""
+    seen: dict[int, int] = {}
+    for parameter in model.parameters():
+        shape = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
+        seen[id(parameter)] = math.prod(shape)
+    return sum(seen.values())

@@ -1,0 +1,40 @@
+"""What the workers of a trial exchange: sums of gradients and losses, nothing else."""
+
+import resource
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+class Comm:
+    """Collectives over the workers of this trial; alone, every sum is the value itself."""
+
+    def __init__(self) -> None:
+        self.distributed = dist.is_available() and dist.is_initialized()
+        self.world_size = dist.get_world_size() if self.distributed else 1
+        self.world_rank = dist.get_rank() if self.distributed else 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the workers' device, summed over the workers in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients(self, gradients: Sequence[torch.Tensor], nats: torch.Tensor) -> float:
+        """Sums the gradients in place and returns the summed nats: one collective for both."""
+        if self.world_size == 1:
+            return float(nats)
+        flat = torch.cat([*(g.reshape(-1) for g in gradients), nats.reshape(1).to(gradients[0].dtype)])
+        dist.all_reduce(flat)
+        offset = 0
+        for gradient in gradients:
+            gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
+            offset += gradient.numel()
+        return float(flat[-1])
+
+    def peak_bytes(self, device: torch.device) -> int:
+        """Peak bytes of this worker: of the GPU's allocator, or of the process on a CPU."""
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,72 @@
+"""The shape of an architecture that search_spaces does not know, read from the built model."""
+
+from collections import Counter
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from search_spaces.architecture import LinearShape, ModelShape
+from trainers.adapters import layer_features
+from trainers.base_model import meta_model
+
+ATTENTION_WORDS, MLP_WORDS = ("attn", "attention"), ("mlp", "ffn", "feed_forward", "fc1", "fc2")
+
+
+def shape_of_meta_model(config: Path) -> ModelShape:
+    """Builds the model without weights and lists its linears: attention and MLP by the names of the
+    modules they stand in, the head as transformers names it. Routers, vision towers and anything
+    that is neither are left out, never guessed.
+
+    Raises:
+        ValueError: transformers cannot build it, or no attention layer was recognised.
+    """
+    try:
+        model = meta_model(config.parent if config.name == "config.json" else config)
+    except (ValueError, KeyError, OSError) as error:
+        raise ValueError(f"{config}: transformers cannot build this model: {str(error).splitlines()[0]}") from error
+    linears = _linears(model)
+    if not any(linear.component == "attn" for linear in linears):
+        raise ValueError(f"{config}: no attention layer was recognised in {type(model).__name__}")
+    text = model.config.get_text_config()
+    return ModelShape.from_linears(
+        model_type=model.config.model_type,
+        linears=tuple(linears),
+        hidden_size=text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        vocab_size=text.vocab_size,
+        num_params=sum(p.numel() for p in model.parameters()),
+        max_position_embeddings=getattr(text, "max_position_embeddings", None),
+        tied_head=bool(getattr(text, "tie_word_embeddings", False)),
+    )
+
+
+def _linears(model: PreTrainedModel) -> list[LinearShape]:
+    head = model.get_output_embeddings()
+    counts: Counter[tuple[str, int, int, str]] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            component = "unembed" if module is head else _component(name)
+            if component:
+                counts[(_suffix(name), *layer_features(module), component)] += 1
+    return [
+        LinearShape(name=n, in_features=i, out_features=o, component=c, count=count)
+        for (n, i, o, c), count in counts.items()
+    ]
+
+
+def _suffix(name: str) -> str:
+    """The name after the layer's number, which is what tells attention's c_proj from the MLP's."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :]) if numbers else name
+
+
+def _component(name: str) -> str | None:
+    lowered = name.lower()
+    if any(word in lowered for word in ("vision", "visual", "audio", "router", ".gate.")) or lowered.endswith(".gate"):
+        return None
+    if any(word in lowered for word in ATTENTION_WORDS):
+        return "attn"
+    return "mlp" if any(word in lowered for word in MLP_WORDS) else None

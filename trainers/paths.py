@@ -1,0 +1,139 @@
+"""Where everything of a run lies on disk, and how it is written: to a temporary name, then renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrialPaths:
+    """runs/NAME/trials/TRIAL."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def status(self) -> Path:
+        return self.root / "status.json"
+
+    @property
+    def error(self) -> Path:
+        return self.root / "error.txt"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The last evaluation's weights and trainer state: where a restart goes on."""
+        return self.root / "checkpoint"
+
+    @property
+    def best(self) -> Path:
+        """The weights of the evaluation with the lowest eval_loss."""
+        return self.root / "best"
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """runs/NAME."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "sweep.yaml"
+
+    @property
+    def resolved(self) -> Path:
+        return self.root / "resolved.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results.json"
+
+    @property
+    def tune(self) -> Path:
+        """Ray Tune's own experiment state."""
+        return self.root / "tune"
+
+    @property
+    def best(self) -> Path:
+        return self.root / "best"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def trials(self) -> Path:
+        return self.root / "trials"
+
+    def trial(self, name: str) -> TrialPaths:
+        return TrialPaths(self.trials / name)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as strict JSON (a NaN is an error: it has no JSON form)."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes one JSON object a line."""
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that may not be there yet."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def replace_folder(temporary: Path, target: Path) -> None:
+    """Puts a complete folder in a target's place. A folder cannot be replaced in one step: if we die
+    between the two renames, the previous one is found as `.NAME.old` by `existing_folder`."""
+    old = target.with_name(f".{target.name}.old")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+    os.rename(temporary, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def existing_folder(target: Path) -> Path | None:
+    """The folder, or the one it was about to replace, or None."""
+    candidates = (target, target.with_name(f".{target.name}.old"))
+    return next((folder for folder in candidates if folder.is_dir()), None)
+
+
+def temporary_folder(target: Path) -> Path:
+    """An empty folder beside the target, to be filled and then put in its place."""
+    folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
