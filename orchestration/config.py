@@ -46,6 +46,10 @@ class SweepConfig(BaseModel):
     """Row shape, when the first row does not tell."""
     chat_template: str | None = None
     """Jinja file, for a base that has no chat template."""
+    data_revision: str | None = None
+    """Hub revision of the data."""
+    bad_rows: Literal["error", "drop"] = "error"
+    """Rows that cannot be used stop the sweep, or are left out and counted."""
     dataset_tokens: int | None = None
     """Loss-bearing tokens of one epoch, instead of data."""
     method: Literal["sft", "rl"] = "sft"
@@ -153,6 +157,8 @@ SPACE_KEYS = (
     "max_grad_norm",
     "dropout",
     "seed",
+    "epochs",
+    "examples",
 )
 
 

@@ -2,31 +2,34 @@
 
 import math
 import re
-import sys
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cluster.inventory import Inventory, TrialDemand, max_concurrent_trials
 from cluster.placement import split_global_batch
-from orchestration.config import ConfigError, SweepConfig, space_overrides
+from orchestration.config import SweepConfig, space_overrides
 from orchestration.models import model_folder, model_shape
-from search_spaces import pitfalls
+from search_spaces import doctrine, pitfalls
 from search_spaces.architecture import ModelShape
-from search_spaces.pruner import PruneResult, prune
-from search_spaces.space import SearchSpace, build_space, grid_candidates, random_candidates, trial_name
-from trainers.data import Audit, DataSpec, audit_data
+from search_spaces.candidate import Candidate, grid_candidates, random_candidates, trial_name
+from search_spaces.capacity import check_capacity
+from search_spaces.domains import SearchSpace
+from search_spaces.pruner import Discarded, PruneResult, cut_rank_domain, prune
+from search_spaces.space import DatasetFacts, build_space
+from trainers.data import Audit, DataSpec, cached_audit, prepare_data
 
 DEFAULT_SEQ_LEN = 1024
 DEFAULT_MICRO_BATCH_SIZE = 8
 EVALUATIONS_PER_TRIAL = 4
-"""Default number of evaluations, and of rungs ASHA can stop at; the grace period is the first."""
+"""Evaluations of a trial, and so the points at which a scheduler can stop it; the grace period ends
+at the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What one trial gets, in examples; None where no data was given."""
+    """What one trial gets, in examples."""
 
     num_examples: int
     eval_every: int
@@ -35,7 +38,7 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A resolved sweep."""
+    """A resolved sweep. budget and audit are None where only dataset_tokens was given."""
 
     name: str
     config: SweepConfig
@@ -51,26 +54,38 @@ class Plan:
 
 
 def make_plan(config: SweepConfig) -> Plan:
-    """Resolves a config: shape, dataset bits, space, every candidate judged.
+    """Resolves a config: shape, dataset bits, space, every candidate judged, pitfalls.
 
     Raises:
-        ValueError: (one line) what cannot be planned; NothingAdmittedError when no candidate can
+        ValueError: what cannot be planned, in one line; NothingAdmittedError where no candidate can
             hold the data.
     """
     shape = model_shape(config.model, config.revision)
     data_spec = make_data_spec(config, shape) if config.data else None
-    audit = audit_data(data_spec) if data_spec and config.dataset_tokens is None else None
-    tokens = audit.train_loss_tokens if audit else config.dataset_tokens or 0
-    bits = dataset_bits(tokens, config)
-    space = build_space(shape, method=config.method, dataset_bits=bits, overrides=space_overrides(config), **_priors(config))
-    pruned = prune(candidates(space, config), shape, bits, policy=config.capacity_policy)
-    budget = make_budget(config, audit) if audit else None
-    found = pitfalls.find(
-        space,
+    audit = audit_of(data_spec) if data_spec and config.dataset_tokens is None else None
+    tokens = audit.num_train_loss_tokens if audit else config.dataset_tokens or 0
+    per_token = None if config.capacity == "doctrine" else config.capacity
+    rows = audit.num_train_rows if audit else None
+    facts = DatasetFacts.from_tokens(tokens, per_token or doctrine.BITS_PER_TOKEN.value, rows)
+    space = build_space(
         shape,
+        config.method,
+        facts,
+        space_overrides(config),
+        lr_prior=config.lr_prior,
+        full_ft_learning_rate=config.full_ft_learning_rate,
+        size_class=config.size_class,
+    )
+    proposed = candidates(space, config, shape, facts.bits)
+    pruned = prune(proposed, shape, facts.bits, policy=config.capacity_policy)
+    for candidate in pruned.admitted:
+        split_global_batch(candidate.global_batch_size, config.workers_per_trial, 1)
+    found = pitfalls.find(
+        shape=shape,
+        space=space,
         method=config.method,
-        dataset_bits=bits,
-        num_examples=budget.num_examples if budget else None,
+        num_examples=rows,
+        dataset_bits=facts.bits,
     )
     return Plan(
         name=config.name or default_name(config),
@@ -79,9 +94,112 @@ def make_plan(config: SweepConfig) -> Plan:
         data_spec=data_spec,
         audit=audit,
         dataset_tokens=tokens,
-        dataset_bits=bits,
+        dataset_bits=facts.bits,
         space=space,
         pruned=pruned,
         pitfalls=tuple(found),
-        budget=budget,
+        budget=make_budget(config, audit) if audit else None,
     )
+
+
+def make_data_spec(config: SweepConfig, shape: ModelShape) -> DataSpec:
+    """The data half of a config. seq_len defaults to the model's context, at most 1024."""
+    context = shape.max_position_embeddings
+    seq_len = config.seq_len or min(context or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
+    if context is not None and seq_len > context:
+        raise ValueError(f"seq_len must be at most the model's context ({context} tokens), got {seq_len}")
+    return DataSpec(
+        data=str(config.data),
+        model=model_folder(config.model, config.revision),
+        columns=config.columns,
+        format=config.format,
+        seq_len=seq_len,
+        truncation=config.truncation,
+        eval=config.eval,
+        chat_template=config.chat_template,
+        data_revision=config.data_revision,
+        bad_rows=config.bad_rows,
+    )
+
+
+def audit_of(spec: DataSpec) -> Audit:
+    """The data's audit, from the cache where the data was counted before."""
+    return cached_audit(spec) or prepare_data(spec).audit
+
+
+def candidates(space: SearchSpace, config: SweepConfig, shape: ModelShape, bits: int) -> Iterator[Candidate]:
+    """The candidates that the search proposes, in the order in which they would start. Random points
+    are drawn from what capacity leaves of the rank domain, so that none of them is wasted."""
+    if config.search == "random":
+        cut = config.capacity_policy == "discard"
+        domains = cut_rank_domain(space, shape, bits) if cut else None
+        return random_candidates(space, config.num_candidates or 0, config.seed, domains)
+    return islice(grid_candidates(space), config.num_candidates)
+
+
+def make_budget(config: SweepConfig, audit: Audit) -> Budget:
+    """Examples of a trial, of its evaluations and of its grace period.
+
+    Raises:
+        ValueError: a grace period beyond the budget.
+    """
+    num_examples = config.examples or math.ceil((config.epochs or 1) * audit.num_train_rows)
+    eval_every = min(config.eval_every or math.ceil(num_examples / EVALUATIONS_PER_TRIAL), num_examples)
+    grace_period = config.grace_period or eval_every
+    if grace_period > num_examples:
+        raise ValueError(
+            f"grace_period must be at most the budget of a trial ({num_examples} examples), got {grace_period}"
+        )
+    return Budget(num_examples=num_examples, eval_every=eval_every, grace_period=grace_period)
+
+
+def default_name(config: SweepConfig) -> str:
+    """A folder name from model and data."""
+    parts = [Path(config.model).stem, Path(config.data).stem if config.data else "plan"]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.")
+
+
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
+    """plan.json: what `tenfold plan --json` prints and the report reads."""
+    shape, config = plan.shape, plan.config
+    names = ("model_type", "num_params", "hidden_size", "num_layers", "vocab_size", "num_experts", "num_active_experts", "tied_head")
+    return {
+        "name": plan.name,
+        "method": config.method,
+        "model": {"name": config.model} | {name: getattr(shape, name) for name in names},
+        "data": plan.audit.to_dict() | {"data": config.data} if plan.audit else None,
+        "dataset_tokens": plan.dataset_tokens,
+        "dataset_bits": plan.dataset_bits,
+        "capacity_policy": config.capacity_policy,
+        "defaults": [note._asdict() for note in plan.space.notes],
+        "budget": asdict(plan.budget) if plan.budget else None,
+        "seq_len": plan.data_spec.seq_len if plan.data_spec else None,
+        "candidates": [_candidate_dict(plan, candidate) for candidate in plan.pruned.admitted],
+        "discarded": [_discarded_dict(plan, item) for item in plan.pruned.discarded],
+        "advised": [_discarded_dict(plan, item) for item in plan.pruned.advised],
+        "pitfalls": [asdict(pitfall) for pitfall in plan.pitfalls],
+    }
+
+
+def _candidate_dict(plan: Plan, candidate: Candidate) -> dict[str, Any]:
+    return {
+        "name": trial_name(candidate),
+        "candidate": candidate.to_dict(),
+        **_capacity(plan, candidate),
+        "steps": math.ceil(plan.budget.num_examples / candidate.global_batch_size) if plan.budget else None,
+    }
+
+
+def _capacity(plan: Plan, candidate: Candidate) -> dict[str, int]:
+    check = check_capacity(plan.shape, candidate.lora_rank, plan.dataset_bits, candidate.target)
+    return {"adapter_params": check.adapter_params, "adapter_bits": check.adapter_bits}
+
+
+def _discarded_dict(plan: Plan, item: Discarded) -> dict[str, Any]:
+    return {
+        "candidate": item.candidate.to_dict(),
+        "rule": item.rule,
+        "reason": item.reason,
+        "numbers": dict(item.numbers),
+        **_capacity(plan, item.candidate),
+    }

@@ -8,9 +8,9 @@ from typing import Any
 
 from cluster.inventory import Inventory, TrialDemand, max_concurrent_trials
 from orchestration.progress import Progress
-from orchestration.results import TrialRecord, best_trial, mark_ended, read_trial, read_trials
+from orchestration.results import TrialRecord, best_trial, read_trials
 from orchestration.tracking import Tracker
-from trainers.paths import RunPaths, temporary_folder, replace_folder, write_json
+from trainers.paths import RunPaths, replace_folder, temporary_folder, write_json
 
 # Every report of a worker waits for its controller's next poll: 2 s by default.
 HEALTH_CHECK_INTERVAL_S = "0.2"
@@ -29,7 +29,7 @@ def start_ray(address: str | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
     if address is None:
         # Without address="local", init joins whatever cluster it finds on this machine.
-        ray.init(address="local", include_dashboard=False, **options)
+        ray.init(address="local", include_dashboard=True, dashboard_host="127.0.0.1", **options)
     else:
         ray.init(address=address, **options)
 
@@ -65,6 +65,7 @@ def run_trials(
     """
     from ray import tune
 
+    from orchestration.ledger import Ledger
     from orchestration.solo import solo_trial
 
     concurrent = max_concurrent_trials(demand, cluster_inventory())
@@ -91,7 +92,7 @@ def run_trials(
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(run.root.resolve()),
-            callbacks=[_callback(run, progress, trackers)],
+            callbacks=[Ledger(run, progress, trackers)],
             verbose=0,
         ),
     )
@@ -116,56 +117,6 @@ def make_scheduler(kind: str, grace_period: int, max_t: int, reduction_factor: i
     return ASHAScheduler(
         time_attr="examples", grace_period=grace_period, max_t=max_t, reduction_factor=reduction_factor
     )
-
-
-def _callback(run: RunPaths, progress: Progress, trackers: list[Tracker]) -> Any:
-    from ray import tune
-
-    class Ledger(tune.Callback):
-        """Driver's eyes: only here is a stop by the scheduler seen."""
-
-        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            progress.started(_name(trial))
-
-        def on_trial_result(
-            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-        ) -> None:
-            if "steps" in result:  # the one report of a diverged trial has none
-                progress.reported(_name(trial), result)
-                record = read_trial(run.trial(_name(trial)))
-                for tracker in trackers:
-                    tracker.update(record)
-
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self._end(trial, "stopped", "stopped by its scheduler")
-
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self._end(trial, "failed", _error_line(trial))
-
-        def _end(self, trial: Any, status: str, reason: str) -> None:
-            paths = run.trial(_name(trial))
-            mark_ended(paths, status, reason)
-            if trial.error_file and os.path.exists(trial.error_file):
-                shutil.copyfile(trial.error_file, paths.error)
-            record = read_trial(paths)
-            progress.ended(record.name, record.status, record.reason)
-            for tracker in trackers:
-                tracker.finish(record)
-
-    return Ledger()
-
-
-def _name(trial: Any) -> str:
-    return trial.config["trial"]["name"]
-
-
-def _error_line(trial: Any) -> str:
-    """The last line of the innermost error that has something to say."""
-    if not trial.error_file or not os.path.exists(trial.error_file):
-        return "no error was recorded"
-    lines = Path(trial.error_file).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    telling = [line.strip() for line in lines if "Error" in line and not line.startswith(" ")]
-    return (telling[-1] if telling else lines[-1].strip())[:300]
 
 
 def finish(run: RunPaths, extra_files: list[Path]) -> tuple[list[TrialRecord], TrialRecord | None]:

@@ -29,16 +29,20 @@ def shape_of_meta_model(config: Path) -> ModelShape:
     linears = _linears(model)
     if not any(linear.component == "attn" for linear in linears):
         raise ValueError(f"{config}: no attention layer was recognised in {type(model).__name__}")
-    text = model.config.get_text_config()
+    text, embedding = model.config.get_text_config(), model.get_input_embeddings()
+    tied = bool(getattr(text, "tie_word_embeddings", False))
+    adapted = sum(linear.num_params for linear in linears if not (tied and linear.component == "unembed"))
+    total = sum(parameter.numel() for parameter in model.parameters())
     return ModelShape.from_linears(
         model_type=model.config.model_type,
         linears=tuple(linears),
         hidden_size=text.hidden_size,
         num_layers=text.num_hidden_layers,
         vocab_size=text.vocab_size,
-        num_params=sum(p.numel() for p in model.parameters()),
+        embedding_params=embedding.weight.numel(),
+        other_params=total - embedding.weight.numel() - adapted,
         max_position_embeddings=getattr(text, "max_position_embeddings", None),
-        tied_head=bool(getattr(text, "tie_word_embeddings", False)),
+        tied_head=tied,
     )
 
 

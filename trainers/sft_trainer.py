@@ -12,7 +12,7 @@ import torch
 
 from search_spaces.architecture import ModelShape
 from search_spaces.capacity import validate_capacity
-from search_spaces.space import Candidate
+from search_spaces.candidate import Candidate
 from trainers.adapters import AdapterSpec, Pack, inject
 from trainers.base_model import BaseSpec, load_base
 from trainers.batches import RowSource
@@ -48,6 +48,17 @@ class TrialSpec:
     eval_every: int
     micro_batch_size: int
     num_threads: int = 1
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrialSpec":
+        """The spec that a trial's config.json holds."""
+        parts = {
+            "folder": Path(values["folder"]),
+            "base": BaseSpec(**values["base"]),
+            "data": DataSpec(**values["data"]),
+            "candidate": Candidate.from_dict(values["candidate"]),
+        }
+        return cls(**(values | parts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +144,7 @@ def _build_pack(spec: TrialSpec) -> tuple[Pack, torch.device]:
 
 
 def _trainer(pack: Pack, data: PreparedData, spec: TrialSpec, device: torch.device, comm: Comm) -> Trainer:
-    pad_id = load_tokenizer(spec.data.model).pad_id
+    pad_id = load_tokenizer(spec.data.model, revision=spec.data.revision).pad_id
     return Trainer(
         pack,
         RowSource(data.train, pad_id, device),

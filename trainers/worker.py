@@ -14,7 +14,7 @@ scheduler ranks it last. It never reaches the results: those are read from the t
 def train_worker(config: dict[str, Any]) -> dict[str, str]:
     """Runs on every worker of the group. Each evaluation is one report; the row of the untouched
     base (0 examples) is not reported, as no scheduler may judge it."""
-    spec: TrialSpec = config["spec"]
+    spec = TrialSpec.from_dict(config["trial"])
 
     def report(row: dict[str, Any]) -> bool:
         if row["steps"] > 0:

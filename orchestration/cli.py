@@ -1,0 +1,110 @@
+"""The `tenfold` command. Everything heavy is imported by the verb that needs it: `tenfold --help` and
+`tenfold plan` import neither torch nor ray."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+BAD_INPUT, NO_RESULT, INTERRUPTED = 2, 1, 130
+EXIT_CODES = "exit codes: 0 done; 1 no trial ended with a usable score; 2 input that cannot be used; 130 interrupted"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb. Returns its exit code; bad input prints one line per problem and gives 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except ValueError as error:
+        print(f"tenfold: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("tenfold: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: a verb, a config, few operational flags; everything else is in the file."""
+    parser = argparse.ArgumentParser(
+        prog="tenfold",
+        description="Finds the right LoRA for a model and a dataset: doctrine-built sweeps on Ray.",
+        epilog=EXIT_CODES,
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    for name, run, text in (
+        ("check", _check, "pitfalls and data audit; nothing runs"),
+        ("plan", _plan, "shape, dataset bits, every candidate admitted or discarded and why"),
+        ("sweep", _sweep, "train the admitted candidates; report.html and the best adapter"),
+    ):
+        verb = verbs.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
+        verb.add_argument("config", type=Path, help="sweep.yaml")
+        verb.set_defaults(run=run)
+        if name == "sweep":
+            verb.add_argument("--name", help="folder name under runs/")
+            verb.add_argument("--address", help="a running Ray cluster (default: a local one is started)")
+        else:
+            verb.add_argument("--json", action="store_true", help="print JSON")
+    report = verbs.add_parser("report", help="write report.html again from what is on disk")
+    report.add_argument("run_folder", type=Path, help="runs/NAME")
+    report.set_defaults(run=_report)
+    demo = verbs.add_parser("demo", help="a real NF4 sweep of the shipped base on local Ray")
+    demo.add_argument("--name", help="folder name under runs/ (default: the first free demo, demo-2, ...)")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _check(args: argparse.Namespace) -> int:
+    from orchestration.config import load_config
+    from orchestration.planning import make_plan, plan_to_dict
+    from orchestration.show import print_json, show_check
+
+    plan = plan_to_dict(make_plan(load_config(args.config)))
+    if args.json:
+        print_json({key: plan[key] for key in ("name", "data", "dataset_tokens", "dataset_bits", "pitfalls")})
+    else:
+        show_check(plan)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from orchestration.config import load_config
+    from orchestration.planning import make_plan, plan_to_dict
+    from orchestration.show import print_json, show_plan
+
+    plan = plan_to_dict(make_plan(load_config(args.config)))
+    if args.json:
+        print_json(plan)
+    else:
+        show_plan(plan)
+    return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from orchestration.config import load_config
+    from orchestration.run import run_sweep
+
+    config = load_config(args.config, name=args.name, address=args.address)
+    return run_sweep(config, args.config.read_text(encoding="utf-8"))
+
+
+def _report(args: argparse.Namespace) -> int:
+    from orchestration.report import write_report
+    from trainers.paths import RunPaths
+
+    run = RunPaths(args.run_folder)
+    if not run.plan.is_file() or not run.trials.is_dir():
+        raise ValueError(f"{args.run_folder}: must be the folder of a sweep (plan.json and trials/), it is not")
+    write_report(run)
+    print(run.report)
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from orchestration.demo import demo_config
+    from orchestration.run import run_sweep
+
+    return run_sweep(*demo_config(args.name))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""The driver's eyes on a sweep: what Tune decides becomes status.json, progress and tracker rows."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from orchestration.progress import Progress
+from orchestration.results import mark_ended, read_trial
+from orchestration.tracking import Tracker
+from trainers.paths import RunPaths
+
+
+class Ledger(tune.Callback):
+    """Follows the trials. A stop by the scheduler is seen here and nowhere else: Tune ends the trial's
+    processes without telling them."""
+
+    def __init__(self, run: RunPaths, progress: Progress, trackers: list[Tracker]) -> None:
+        self.run, self.progress, self.trackers = run, progress, trackers
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its callbacks into tuner.pkl; a terminal and open trackers cannot go there.
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.progress.started(trial_name(trial))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "steps" not in result:
+            return  # the one report of a diverged trial, which is there for the scheduler
+        self.progress.reported(trial_name(trial), result)
+        record = read_trial(self.run.trial(trial_name(trial)))
+        for tracker in self.trackers:
+            tracker.update(record)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(trial, "stopped", "stopped by its scheduler")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(trial, "failed", error_line(trial))
+
+    def _end(self, trial: Any, status: str, reason: str) -> None:
+        paths = self.run.trial(trial_name(trial))
+        mark_ended(paths, status, reason)
+        if _has_error_file(trial):
+            shutil.copyfile(trial.error_file, paths.error)
+        record = read_trial(paths)
+        self.progress.ended(record.name, record.status, record.reason)
+        for tracker in self.trackers:
+            tracker.finish(record)
+
+
+def trial_name(trial: Any) -> str:
+    """Our name of a Tune trial."""
+    return trial.config["trial"]["name"]
+
+
+def _has_error_file(trial: Any) -> bool:
+    return bool(trial.error_file) and Path(trial.error_file).exists()
+
+
+def error_line(trial: Any) -> str:
+    """The last line of a failed trial's traceback that names an error."""
+    if not _has_error_file(trial):
+        return "no error was recorded"
+    text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
+    lines = text.strip().splitlines()
+    telling = [line.strip() for line in lines if "Error" in line and not line.startswith(" ")]
+    return (telling[-1] if telling else lines[-1].strip())[:300]

@@ -1,0 +1,272 @@
+"""Which candidates may run: capacity, and what the stack cannot train.
+
+Capacity is monotone in the rank, so it is decided once per target, as the smallest sufficient
+rank; judging a candidate is then a look-up.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
+
+from search_spaces.architecture import ModelShape
+from search_spaces.candidate import Candidate
+from search_spaces.capacity import Real, check_capacity, sufficient_rank, whole_bits
+from search_spaces.domains import SearchSpace, TargetDomain
+
+Policy = Literal["discard", "advisory"]
+CAPACITY = "capacity"
+EXPERT_DROPOUT = "expert_dropout"
+
+
+class NothingAdmittedError(ValueError):
+    """No candidate can run; the message holds the numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discarded:
+    """A candidate that does not run.
+
+    Attributes:
+        candidate: as it was proposed.
+        rule: 'capacity' or 'expert_dropout'.
+        reason: one sentence for a person.
+        numbers: what the sentence says, for plan.json; shared between equal verdicts.
+    """
+
+    candidate: Candidate
+    rule: str
+    reason: str
+    numbers: Mapping[str, int | float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Verdict:
+    rule: str
+    reason: str
+    numbers: Mapping[str, int | float]
+
+
+class DiscardedList(Sequence[Discarded]):
+    """Discarded candidates, each record made when it is looked at.
+
+    Measured (2 busy cores, 2026-11, benchmarks/judge_million.py): a million records made at once
+    cost more than all the verdicts, most of it in garbage collection.
+    """
+
+    def __init__(self) -> None:
+        self._candidates: list[Candidate] = []
+        self._verdicts: list[_Verdict] = []
+
+    def add(self, candidate: Candidate, verdict: _Verdict) -> None:
+        """For `prune` alone."""
+        self._candidates.append(candidate)
+        self._verdicts.append(verdict)
+
+    def verdicts(self) -> list[_Verdict]:
+        """The different verdicts, in order of first appearance."""
+        return list({id(verdict): verdict for verdict in self._verdicts}.values())
+
+    def __len__(self) -> int:
+        return len(self._candidates)
+
+    @overload
+    def __getitem__(self, index: int) -> Discarded: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Discarded, ...]: ...
+    def __getitem__(self, index: int | slice) -> Discarded | tuple[Discarded, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        verdict = self._verdicts[index]
+        return Discarded(
+            candidate=self._candidates[index],
+            rule=verdict.rule,
+            reason=verdict.reason,
+            numbers=verdict.numbers,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneResult:
+    """Candidates judged, in the order given.
+
+    Attributes:
+        admitted: these run.
+        discarded: these do not.
+        advised: under the policy 'advisory', admitted candidates that capacity would discard.
+    """
+
+    admitted: tuple[Candidate, ...]
+    discarded: DiscardedList
+    advised: DiscardedList
+
+
+def prune(
+    candidates: Iterable[Candidate],
+    shape: ModelShape,
+    dataset_bits: Real,
+    policy: str = "discard",
+) -> PruneResult:
+    """Candidates, admitted or discarded and why.
+
+    Args:
+        candidates: any number, read once. Full fine-tuning is never discarded for capacity.
+        shape: the model.
+        dataset_bits: bits of the data (in RL episodes x 1), >= 0.
+        policy: 'discard', or 'advisory': capacity is an estimate, what it would cut still runs.
+
+    Raises:
+        NothingAdmittedError: there were candidates and none is admitted.
+        ValueError: unknown policy, or a target that the model does not have.
+
+    Source: DOCTRINE.md, section 1, capacity; FIELD_CASES B06 for dropout on fused experts.
+    """
+    policy = _check_policy(policy)
+    judge = _Judge(shape, whole_bits(dataset_bits))
+    admitted: list[Candidate] = []
+    discarded, advised = DiscardedList(), DiscardedList()
+    for candidate in candidates:
+        verdict = judge.verdict(candidate)
+        if verdict is None:
+            admitted.append(candidate)
+        elif policy == "advisory" and verdict.rule == CAPACITY:
+            admitted.append(candidate)
+            advised.add(candidate, verdict)
+        else:
+            discarded.add(candidate, verdict)
+    if discarded and not admitted:
+        raise NothingAdmittedError(_nothing_message(discarded.verdicts()))
+    return PruneResult(admitted=tuple(admitted), discarded=discarded, advised=advised)
+
+
+class _Judge:
+    """Verdicts, each worked out once for every (target, rank, dropout) that occurs."""
+
+    def __init__(self, shape: ModelShape, bits: int) -> None:
+        self._shape = shape
+        self._bits = bits
+        self._sufficient: dict[tuple[str, ...], int] = {}
+        self._verdicts: dict[tuple[tuple[str, ...], int, float], _Verdict | None] = {}
+
+    def verdict(self, candidate: Candidate) -> _Verdict | None:
+        """Why the candidate is cut, or None."""
+        if candidate.full_finetune:
+            return None
+        key = (candidate.target, candidate.lora_rank, candidate.dropout)
+        try:
+            return self._verdicts[key]
+        except KeyError:
+            verdict = self._verdicts[key] = self.work_out(*key)
+            return verdict
+
+    def work_out(self, target: tuple[str, ...], rank: int, dropout: float) -> _Verdict | None:
+        """The verdict for one point of the keys that are judged."""
+        if dropout > 0 and _has_experts(self._shape, target):
+            return _dropout_verdict(target, dropout)
+        if target not in self._sufficient:
+            self._sufficient[target] = sufficient_rank(self._shape, self._bits, target)
+        if rank >= self._sufficient[target]:
+            return None
+        return _capacity_verdict(self._shape, target, rank, self._bits)
+
+
+def _has_experts(shape: ModelShape, target: tuple[str, ...]) -> bool:
+    return any(linear.component == "experts" for linear in shape.resolve_target(target))
+
+
+def _dropout_verdict(target: tuple[str, ...], dropout: float) -> _Verdict:
+    return _Verdict(
+        rule=EXPERT_DROPOUT,
+        reason=f"dropout {dropout:g} on {'+'.join(target)}: fused experts are parameters, on which "
+        "PEFT allows no dropout; set dropout: 0",
+        numbers={"dropout": dropout},
+    )
+
+
+def _capacity_verdict(shape: ModelShape, target: tuple[str, ...], rank: int, bits: int) -> _Verdict:
+    check = check_capacity(shape, rank, bits, target)
+    useful = shape.max_useful_lora_rank(target)
+    return _Verdict(
+        rule=CAPACITY,
+        reason=f"UNDERCAPACITY: rank {rank} on {'+'.join(target)} holds "
+        f"{check.adapter_bits:,} bits ({check.adapter_params:,} params x 2) "
+        f"< {bits:,} data bits; sufficient rank {check.sufficient_rank:,}, "
+        f"largest useful {useful:,}",
+        numbers={
+            "lora_rank": rank,
+            "adapter_params": check.adapter_params,
+            "adapter_bits": check.adapter_bits,
+            "dataset_bits": bits,
+            "margin": check.margin,
+            "sufficient_rank": check.sufficient_rank,
+            "max_useful_lora_rank": useful,
+        },
+    )
+
+
+def cut_rank_domain(
+    space: SearchSpace, shape: ModelShape, dataset_bits: Real, policy: str = "discard"
+) -> tuple[TargetDomain, ...]:
+    """What is left of the ranks and dropouts for each target, before a searcher samples.
+
+    Args: as `prune`; under 'advisory' no rank is cut.
+
+    Returns:
+        One domain for each target of the space, in its order, inadmissible ones included.
+
+    Raises:
+        NothingAdmittedError: no target has a rank and a dropout left.
+        ValueError: as `prune`.
+    """
+    advisory = _check_policy(policy) == "advisory"
+    bits = whole_bits(dataset_bits)
+    domains = tuple(_cut_target(space, shape, bits, t, advisory) for t in space.target.options)
+    if not any(domain.admissible for domain in domains):
+        # The grid of the cut keys alone holds every verdict, with its numbers.
+        judge = _Judge(shape, bits)
+        verdicts = (
+            judge.work_out(target, rank, dropout)
+            for target in space.target.options
+            for rank in space.lora_rank.options
+            for dropout in space.dropout.options
+        )
+        raise NothingAdmittedError(_nothing_message([verdict for verdict in verdicts if verdict]))
+    return domains
+
+
+def _cut_target(
+    space: SearchSpace, shape: ModelShape, bits: int, target: tuple[str, ...], advisory: bool
+) -> TargetDomain:
+    needed = sufficient_rank(shape, bits, target)
+    experts = _has_experts(shape, target)
+    ranks = sorted(space.lora_rank.options)
+    dropouts = space.dropout.options
+    return TargetDomain(
+        target=target,
+        lora_ranks=tuple(rank for rank in ranks if advisory or rank >= needed),
+        cut_lora_ranks=tuple(rank for rank in ranks if not advisory and rank < needed),
+        dropouts=tuple(dropout for dropout in dropouts if not (experts and dropout)),
+        cut_dropouts=tuple(dropout for dropout in dropouts if experts and dropout),
+        sufficient_rank=needed,
+    )
+
+
+def _check_policy(policy: str) -> Policy:
+    if policy == "discard" or policy == "advisory":
+        return policy
+    raise ValueError(f"capacity_policy must be 'discard' or 'advisory', got {policy!r}")
+
+
+def _nothing_message(discarded: Sequence[_Verdict]) -> str:
+    """The numbers of the candidate that came nearest, and what may be done."""
+    by_capacity = [item for item in discarded if item.rule == CAPACITY]
+    if not by_capacity:
+        return f"nothing admitted: {discarded[0].reason}"
+    best = max(by_capacity, key=lambda item: item.numbers["margin"])
+    needed = int(best.numbers["sufficient_rank"])
+    useful = int(best.numbers["max_useful_lora_rank"])
+    raise_rank = f"set lora_rank: {needed}, or " if needed <= useful else ""
+    return (
+        f"nothing admitted: no rank of the space holds the data; the nearest: {best.reason}; "
+        f"{raise_rank}use more layers or less data, or set capacity_policy: advisory (efficiency "
+        "falls, it is not a hard floor)"
+    )
