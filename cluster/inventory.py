@@ -35,7 +35,9 @@ def _local_gpus() -> int:
     if visible is not None:
         return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
     try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True)
+        listing = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True
+        )
     except (FileNotFoundError, subprocess.SubprocessError):
         return 0  # no driver, no GPU
     return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())

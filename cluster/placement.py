@@ -12,7 +12,9 @@ class BatchSplit:
     num_workers: int
 
 
-def split_global_batch(global_batch_size: int, num_workers: int, max_micro_batch_size: int) -> BatchSplit:
+def split_global_batch(
+    global_batch_size: int, num_workers: int, max_micro_batch_size: int
+) -> BatchSplit:
     """The largest micro-batch up to a limit that divides a worker's share of the global batch.
 
     Raises:
@@ -23,5 +25,9 @@ def split_global_batch(global_batch_size: int, num_workers: int, max_micro_batch
             f"global_batch_size must be a multiple of workers_per_trial ({num_workers}), got {global_batch_size}"
         )
     share = global_batch_size // num_workers
-    micro = max(size for size in range(1, min(share, max_micro_batch_size) + 1) if share % size == 0)
-    return BatchSplit(micro_batch_size=micro, grad_accum_steps=share // micro, num_workers=num_workers)
+    micro = max(
+        size for size in range(1, min(share, max_micro_batch_size) + 1) if share % size == 0
+    )
+    return BatchSplit(
+        micro_batch_size=micro, grad_accum_steps=share // micro, num_workers=num_workers
+    )

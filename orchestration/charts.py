@@ -11,7 +11,9 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C
 GREY = "#7d8796"
 
 
-def _layout(figure: go.Figure, title: str, x_title: str, y_title: str, height: int = 400) -> go.Figure:
+def _layout(
+    figure: go.Figure, title: str, x_title: str, y_title: str, height: int = 400
+) -> go.Figure:
     axis = {"gridcolor": "rgba(125,135,150,0.25)", "linecolor": GREY, "zeroline": False}
     figure.update_layout(
         title={"text": title, "font": {"size": 15}},
@@ -37,19 +39,27 @@ def lr_loss_chart(records: list[TrialRecord]) -> go.Figure:
     figure = go.Figure()
     scored = [record for record in records if record.best and record.status in USABLE]
     for index, group in enumerate(sorted({_group(record) for record in scored}, key=_by_rank)):
-        members = sorted((r for r in scored if _group(r) == group), key=lambda r: r.candidate["learning_rate"])
+        members = sorted(
+            (r for r in scored if _group(r) == group), key=lambda r: r.candidate["learning_rate"]
+        )
         figure.add_scatter(
             x=[record.candidate["learning_rate"] for record in members],
             y=[record.best["eval_loss"] for record in members if record.best],
             mode="lines+markers",
             name=group,
             text=[f"{record.name} ({record.status})" for record in members],
-            marker={"size": 9, "symbol": ["circle" if r.status == "finished" else "circle-open" for r in members]},
+            marker={
+                "size": 9,
+                "symbol": ["circle" if r.status == "finished" else "circle-open" for r in members],
+            },
             line={"color": COLORS[index % len(COLORS)]},
         )
     _mark_diverged(figure, records)
-    figure = _layout(figure, "Best eval_loss by learning rate", "learning_rate", "eval_loss (nats/token)")
-    figure.update_xaxes(type="log")
+    figure = _layout(
+        figure, "Best eval_loss by learning rate", "learning_rate", "eval_loss (nats/token)"
+    )
+    rates = sorted({record.candidate["learning_rate"] for record in records})
+    figure.update_xaxes(type="log", tickvals=rates, ticktext=[f"{rate:.1e}" for rate in rates])
     figure.update_layout(legend={"orientation": "h", "y": -0.25})
     return figure
 
@@ -68,6 +78,11 @@ def _mark_diverged(figure: go.Figure, records: list[TrialRecord]) -> None:
         )
 
 
+def _short(record: TrialRecord) -> str:
+    """A trial's name without its hash, which a legend has no room for."""
+    return record.name.rsplit("-", 1)[0]
+
+
 def _by_rank(group: str) -> tuple[int, str]:
     return int(group.split(",")[0].removeprefix("rank ")), group
 
@@ -80,8 +95,11 @@ def learning_curves(records: list[TrialRecord]) -> go.Figure:
             x=[row["examples"] for row in record.rows],
             y=[row["eval_loss"] for row in record.rows],
             mode="lines+markers",
-            name=f"{record.name} ({record.status})",
-            line={"color": COLORS[index % len(COLORS)], "dash": "solid" if record.status == "finished" else "dot"},
+            name=f"{_short(record)} ({record.status})",
+            line={
+                "color": COLORS[index % len(COLORS)],
+                "dash": "solid" if record.status == "finished" else "dot",
+            },
             marker={"size": 6},
         )
     height = 380 + 16 * len(records)
@@ -108,7 +126,9 @@ def capacity_chart(plan: dict[str, Any]) -> go.Figure:
             showlegend=False,
         )
     )
-    figure.add_hline(y=plan["dataset_bits"], line={"dash": "dash", "color": GREY}, annotation_text="dataset bits")
-    figure = _layout(figure, "Capacity: adapter bits against dataset bits", "lora_rank and target", "bits")
+    figure.add_hline(
+        y=plan["dataset_bits"], line={"dash": "dash", "color": GREY}, annotation_text="dataset bits"
+    )
+    figure = _layout(figure, "Capacity: adapter bits against dataset bits", "", "bits")
     figure.update_yaxes(type="log")
     return figure

@@ -41,14 +41,18 @@ def build_parser() -> argparse.ArgumentParser:
         verb.set_defaults(run=run)
         if name == "sweep":
             verb.add_argument("--name", help="folder name under runs/")
-            verb.add_argument("--address", help="a running Ray cluster (default: a local one is started)")
+            verb.add_argument(
+                "--address", help="a running Ray cluster (default: a local one is started)"
+            )
         else:
             verb.add_argument("--json", action="store_true", help="print JSON")
     report = verbs.add_parser("report", help="write report.html again from what is on disk")
     report.add_argument("run_folder", type=Path, help="runs/NAME")
     report.set_defaults(run=_report)
     demo = verbs.add_parser("demo", help="a real NF4 sweep of the shipped base on local Ray")
-    demo.add_argument("--name", help="folder name under runs/ (default: the first free demo, demo-2, ...)")
+    demo.add_argument(
+        "--name", help="folder name under runs/ (default: the first free demo, demo-2, ...)"
+    )
     demo.set_defaults(run=_demo)
     return parser
 
@@ -60,7 +64,12 @@ def _check(args: argparse.Namespace) -> int:
 
     plan = plan_to_dict(make_plan(load_config(args.config)))
     if args.json:
-        print_json({key: plan[key] for key in ("name", "data", "dataset_tokens", "dataset_bits", "pitfalls")})
+        print_json(
+            {
+                key: plan[key]
+                for key in ("name", "data", "dataset_tokens", "dataset_bits", "pitfalls")
+            }
+        )
     else:
         show_check(plan)
     return 0
@@ -93,7 +102,9 @@ def _report(args: argparse.Namespace) -> int:
 
     run = RunPaths(args.run_folder)
     if not run.plan.is_file() or not run.trials.is_dir():
-        raise ValueError(f"{args.run_folder}: must be the folder of a sweep (plan.json and trials/), it is not")
+        raise ValueError(
+            f"{args.run_folder}: must be the folder of a sweep (plan.json and trials/), it is not"
+        )
     write_report(run)
     print(run.report)
     return 0

@@ -137,7 +137,9 @@ class SweepConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> "SweepConfig":
         if self.data is None and self.dataset_tokens is None:
-            raise ValueError("give data (a file, folder or hub id), or dataset_tokens for plan alone")
+            raise ValueError(
+                "give data (a file, folder or hub id), or dataset_tokens for plan alone"
+            )
         if self.epochs is not None and self.examples is not None:
             raise ValueError("give epochs or examples, not both")
         if self.search == "random" and self.num_candidates is None:
@@ -181,7 +183,9 @@ def load_config(path: Path, **flags: Any) -> SweepConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {_yaml_message(error)}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold `key: value` lines (model: ..., data: ...), holds {type(values).__name__}")
+        raise ConfigError(
+            f"{path}: must hold `key: value` lines (model: ..., data: ...), holds {type(values).__name__}"
+        )
     values |= {key: value for key, value in flags.items() if value is not None}
     return make_config(values, str(path))
 
@@ -205,7 +209,11 @@ def make_config(values: dict[str, Any], where: str) -> SweepConfig:
 
 def _unknown_key(key: object, where: str) -> str:
     close = difflib.get_close_matches(str(key), SweepConfig.model_fields, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(SweepConfig.model_fields)}"
+    hint = (
+        f"did you mean {close[0]!r}?"
+        if close
+        else f"known keys: {', '.join(SweepConfig.model_fields)}"
+    )
     return f"{where}: unknown key {key!r}; {hint}"
 
 
@@ -228,14 +236,18 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=deep)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"duplicate key {key!r}", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
     def construct_number(self, node: yaml.ScalarNode) -> float:
         value = float(self.construct_scalar(node))
         if not math.isfinite(value):
-            raise yaml.constructor.ConstructorError(None, None, "a number must be finite", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, "a number must be finite", node.start_mark
+            )
         return value
 
 

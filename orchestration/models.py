@@ -5,7 +5,14 @@ from pathlib import Path
 
 from search_spaces.architecture import ModelShape, UnknownArchitectureError
 
-TOKENIZER_PATTERNS = ("tokenizer*", "*.model", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt")
+TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "*.model",
+    "special_tokens_map.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+)
 
 
 def is_local(model: str) -> bool:
@@ -39,7 +46,9 @@ def _from_hub(model: str, revision: str | None) -> Path:
         return Path(hf_hub_download(model, "config.json", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(f"model {model}: neither a folder here nor a hub id that can be read ({first})") from error
+        raise ValueError(
+            f"model {model}: neither a folder here nor a hub id that can be read ({first})"
+        ) from error
 
 
 def model_shape(model: str, revision: str | None = None) -> ModelShape:
@@ -68,7 +77,9 @@ def require_weights(model: str) -> None:
     """
     path = Path(model).expanduser()
     if path.is_file():
-        raise ValueError(f"model {model}: a sweep needs a folder with weights, this is a file (plan can use it)")
+        raise ValueError(
+            f"model {model}: a sweep needs a folder with weights, this is a file (plan can use it)"
+        )
     if path.is_dir() and not list(path.glob("*.safetensors")):
         raise ValueError(f"model {model}: the folder must hold *.safetensors weights, it has none")
 

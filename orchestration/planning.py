@@ -107,7 +107,9 @@ def make_data_spec(config: SweepConfig, shape: ModelShape) -> DataSpec:
     context = shape.max_position_embeddings
     seq_len = config.seq_len or min(context or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
     if context is not None and seq_len > context:
-        raise ValueError(f"seq_len must be at most the model's context ({context} tokens), got {seq_len}")
+        raise ValueError(
+            f"seq_len must be at most the model's context ({context} tokens), got {seq_len}"
+        )
     return DataSpec(
         data=str(config.data),
         model=model_folder(config.model, config.revision),
@@ -127,7 +129,9 @@ def audit_of(spec: DataSpec) -> Audit:
     return cached_audit(spec) or prepare_data(spec).audit
 
 
-def candidates(space: SearchSpace, config: SweepConfig, shape: ModelShape, bits: int) -> Iterator[Candidate]:
+def candidates(
+    space: SearchSpace, config: SweepConfig, shape: ModelShape, bits: int
+) -> Iterator[Candidate]:
     """The candidates that the search proposes, in the order in which they would start. Random points
     are drawn from what capacity leaves of the rank domain, so that none of them is wasted."""
     if config.search == "random":
@@ -144,7 +148,9 @@ def make_budget(config: SweepConfig, audit: Audit) -> Budget:
         ValueError: a grace period beyond the budget.
     """
     num_examples = config.examples or math.ceil((config.epochs or 1) * audit.num_train_rows)
-    eval_every = min(config.eval_every or math.ceil(num_examples / EVALUATIONS_PER_TRIAL), num_examples)
+    eval_every = min(
+        config.eval_every or math.ceil(num_examples / EVALUATIONS_PER_TRIAL), num_examples
+    )
     grace_period = config.grace_period or eval_every
     if grace_period > num_examples:
         raise ValueError(
@@ -162,7 +168,16 @@ def default_name(config: SweepConfig) -> str:
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
     """plan.json: what `tenfold plan --json` prints and the report reads."""
     shape, config = plan.shape, plan.config
-    names = ("model_type", "num_params", "hidden_size", "num_layers", "vocab_size", "num_experts", "num_active_experts", "tied_head")
+    names = (
+        "model_type",
+        "num_params",
+        "hidden_size",
+        "num_layers",
+        "vocab_size",
+        "num_experts",
+        "num_active_experts",
+        "tied_head",
+    )
     return {
         "name": plan.name,
         "method": config.method,
@@ -186,7 +201,9 @@ def _candidate_dict(plan: Plan, candidate: Candidate) -> dict[str, Any]:
         "name": trial_name(candidate),
         "candidate": candidate.to_dict(),
         **_capacity(plan, candidate),
-        "steps": math.ceil(plan.budget.num_examples / candidate.global_batch_size) if plan.budget else None,
+        "steps": math.ceil(plan.budget.num_examples / candidate.global_batch_size)
+        if plan.budget
+        else None,
     }
 
 

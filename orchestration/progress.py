@@ -11,11 +11,23 @@ from rich.table import Table
 class Progress:
     """State of all trials, drawn as they report. Use as a context manager."""
 
-    def __init__(self, names: list[str], num_discarded: int, num_examples: int, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        names: list[str],
+        num_discarded: int,
+        num_examples: int,
+        console: Console | None = None,
+    ) -> None:
         self.console = console or Console()
         self.rows: dict[str, dict[str, Any]] = {name: {"status": "waiting"} for name in names}
-        self.num_discarded, self.num_examples, self.began = num_discarded, num_examples, time.monotonic()
-        self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        self.num_discarded, self.num_examples, self.began = (
+            num_discarded,
+            num_examples,
+            time.monotonic(),
+        )
+        self.live = (
+            Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        )
 
     def __enter__(self) -> "Progress":
         if self.live:
@@ -31,7 +43,11 @@ class Progress:
         self._show(f"{name}: starting")
 
     def reported(self, name: str, result: dict[str, Any]) -> None:
-        self.rows[name] |= {"status": "running", "examples": result["examples"], "eval_loss": result["eval_loss"]}
+        self.rows[name] |= {
+            "status": "running",
+            "examples": result["examples"],
+            "eval_loss": result["eval_loss"],
+        }
         self._show(
             f"{name}: {result['examples']}/{self.num_examples} examples, eval_loss {result['eval_loss']:.4f}"
         )
@@ -44,13 +60,20 @@ class Progress:
         if self.live:
             self.live.update(self.table(), refresh=True)
         else:
-            self.console.print(f"[{time.monotonic() - self.began:5.0f} s] {line}", highlight=False, markup=False, soft_wrap=True)
+            self.console.print(
+                f"[{time.monotonic() - self.began:5.0f} s] {line}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
 
     def table(self) -> Table:
         """The trials, running ones first."""
         losses = [row["eval_loss"] for row in self.rows.values() if "eval_loss" in row]
         best = f", best eval_loss {min(losses):.4f}" if losses else ""
-        done = sum(row["status"] not in ("waiting", "starting", "running") for row in self.rows.values())
+        done = sum(
+            row["status"] not in ("waiting", "starting", "running") for row in self.rows.values()
+        )
         table = Table(
             title=f"{done}/{len(self.rows)} trials ended, {self.num_discarded} candidates discarded{best}, "
             f"{time.monotonic() - self.began:.0f} s"

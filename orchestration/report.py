@@ -31,7 +31,7 @@ td.num, th.num { text-align: right; font-variant-numeric: tabular-nums; white-sp
 tr.chosen td { background: var(--card); font-weight: 600; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; overflow-x: auto; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 12px; }
-.chart { min-width: 0; border: 1px solid var(--line); border-radius: 8px; padding: 6px; }
+.chart { min-width: 0; overflow: hidden; border: 1px solid var(--line); border-radius: 8px; padding: 6px; }
 .wide { grid-column: 1 / -1; }
 @media print { body { max-width: none; } .chart { break-inside: avoid; } }
 """
@@ -48,7 +48,9 @@ def write_report(run: RunPaths) -> None:
     write_text(run.report, render(run.root.name, plan, resolved, records))
 
 
-def render(name: str, plan: dict[str, Any], resolved: dict[str, Any], records: list[TrialRecord]) -> str:
+def render(
+    name: str, plan: dict[str, Any], resolved: dict[str, Any], records: list[TrialRecord]
+) -> str:
     """The page as text."""
     best = best_trial(records)
     sections = [
@@ -74,7 +76,9 @@ def _section(title: str, body: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
 
 
-def _header(name: str, plan: dict[str, Any], records: list[TrialRecord], best: TrialRecord | None) -> str:
+def _header(
+    name: str, plan: dict[str, Any], records: list[TrialRecord], best: TrialRecord | None
+) -> str:
     counts: dict[str, int] = defaultdict(int)
     for record in records:
         counts[record.status] += 1
@@ -82,11 +86,17 @@ def _header(name: str, plan: dict[str, Any], records: list[TrialRecord], best: T
     score = best.best if best else None
     tiles = [
         (f"{score['eval_loss']:.4f}" if score else "none", "best eval_loss (nats/token)"),
-        (f"{best.base_loss:.4f}" if best and best.base_loss is not None else "?", "eval_loss of the base"),
+        (
+            f"{best.base_loss:.4f}" if best and best.base_loss is not None else "?",
+            "eval_loss of the base",
+        ),
         (f"{len(records)} + {len(plan['discarded'])}", f"trials + discarded ({ended})"),
         (f"{plan['dataset_bits']:,}", "dataset bits (doctrine: 1 per loss-bearing token)"),
     ]
-    boxes = "".join(f'<div class="tile"><b>{html.escape(b)}</b><span>{html.escape(s)}</span></div>' for b, s in tiles)
+    boxes = "".join(
+        f'<div class="tile"><b>{html.escape(b)}</b><span>{html.escape(s)}</span></div>'
+        for b, s in tiles
+    )
     model = plan["model"]
     intro = (
         f"{html.escape(str(model['name']))}, {model['num_params'] / 1e6:,.1f}M parameters, "
@@ -105,11 +115,15 @@ def _verdict(records: list[TrialRecord], best: TrialRecord | None) -> str:
         f"after {best.best['examples']:,} examples."
     )
     if best.base_loss is not None and best.best["eval_loss"] >= best.base_loss:
-        text.append("This is not better than the untouched base: the learning rates are too high or too low.")
+        text.append(
+            "This is not better than the untouched base: the learning rates are too high or too low."
+        )
     rates = sorted({record.candidate["learning_rate"] for record in records})
     if len(rates) > 1 and candidate["learning_rate"] in (rates[0], rates[-1]):
         side = "lowest" if candidate["learning_rate"] == rates[0] else "highest"
-        text.append(f"Its learning rate is the {side} that was tried: the optimum may lie beyond the grid.")
+        text.append(
+            f"Its learning rate is the {side} that was tried: the optimum may lie beyond the grid."
+        )
     text.append("One seed per candidate: differences below the noise between seeds decide nothing.")
     return f"<p>{html.escape(' '.join(text))}</p>"
 
@@ -123,19 +137,28 @@ def _charts(plan: dict[str, Any], records: list[TrialRecord]) -> str:
     parts, script = [], True
     for css, figure in figures:
         # plotly's script goes in once, whole: the page must work without a network.
-        body = figure.to_html(full_html=False, include_plotlyjs=script, config={"displaylogo": False, "responsive": True})
+        body = figure.to_html(
+            full_html=False,
+            include_plotlyjs=script,
+            config={"displaylogo": False, "responsive": True, "displayModeBar": False},
+        )
         parts.append(f'<div class="{css}">{body}</div>')
         script = False
-    return f'<div class="charts">{"".join(parts)}</div>'
+    # The first chart is drawn before the grid has its other cells: each takes its cell's size at the end.
+    fit = "<script>for (const p of document.querySelectorAll('.js-plotly-plot')) Plotly.Plots.resize(p)</script>"
+    return f'<div class="charts">{"".join(parts)}</div>{fit}'
 
 
 def _table(headers: list[tuple[str, bool]], rows: list[tuple[str, list[str]]]) -> str:
     """headers: (title, is a number); rows: (css class, cells)."""
-    head = "".join(f"<th{' class=num' if num else ''}>{html.escape(title)}</th>" for title, num in headers)
+    head = "".join(
+        f"<th{' class=num' if num else ''}>{html.escape(title)}</th>" for title, num in headers
+    )
     body = "".join(
         f"<tr class='{css}'>"
         + "".join(
-            f"<td{' class=num' if num else ''}>{html.escape(cell)}</td>" for cell, (_, num) in zip(cells, headers, strict=True)
+            f"<td{' class=num' if num else ''}>{html.escape(cell)}</td>"
+            for cell, (_, num) in zip(cells, headers, strict=True)
         )
         + "</tr>"
         for css, cells in rows
@@ -144,16 +167,35 @@ def _table(headers: list[tuple[str, bool]], rows: list[tuple[str, list[str]]]) -
 
 
 def _trials_table(records: list[TrialRecord], best: TrialRecord | None) -> str:
-    headers = [("trial", False), ("rank", True), ("learning_rate", True), ("batch", True), ("status", False)]
-    headers += [("eval_loss", True), ("bits/byte", True), ("at examples", True), ("seconds", True), ("reason", False)]
+    headers = [
+        ("trial", False),
+        ("rank", True),
+        ("learning_rate", True),
+        ("batch", True),
+        ("status", False),
+    ]
+    headers += [
+        ("eval_loss", True),
+        ("bits/byte", True),
+        ("at examples", True),
+        ("seconds", True),
+        ("reason", False),
+    ]
     rows = []
     for record in records:
         c, top = record.candidate, record.best
         numbers = (
-            [f"{top['eval_loss']:.4f}", f"{top['eval_bits_per_byte']:.4f}", f"{top['examples']:,}"] if top else ["", "", ""]
+            [f"{top['eval_loss']:.4f}", f"{top['eval_bits_per_byte']:.4f}", f"{top['examples']:,}"]
+            if top
+            else ["", "", ""]
         )
         seconds = f"{record.rows[-1]['seconds']:.1f}" if record.rows else ""
-        cells = [record.name, str(c["lora_rank"]), f"{c['learning_rate']:.2e}", str(c["global_batch_size"])]
+        cells = [
+            record.name,
+            str(c["lora_rank"]),
+            f"{c['learning_rate']:.2e}",
+            str(c["global_batch_size"]),
+        ]
         cells += [record.status, *numbers, seconds, record.reason]
         rows.append(("chosen" if best and record.name == best.name else "", cells))
     return _table(headers, rows)
@@ -163,9 +205,19 @@ def _best_yaml(resolved: dict[str, Any], best: TrialRecord | None) -> str:
     if best is None:
         return "<p>None.</p>"
     config = {key: value for key, value in resolved["config"].items() if value is not None}
-    config |= {key: value for key, value in best.candidate.items() if key in config or key in ("lora_rank", "learning_rate")}
-    config |= {"global_batch_size": best.candidate["global_batch_size"], "lora_alpha": best.candidate["lora_alpha"]}
-    config |= {"target": list(best.candidate["target"]), "name": f"{config.get('name', 'sweep')}-best"}
+    config |= {
+        key: value
+        for key, value in best.candidate.items()
+        if key in config or key in ("lora_rank", "learning_rate")
+    }
+    config |= {
+        "global_batch_size": best.candidate["global_batch_size"],
+        "lora_alpha": best.candidate["lora_alpha"],
+    }
+    config |= {
+        "target": list(best.candidate["target"]),
+        "name": f"{config.get('name', 'sweep')}-best",
+    }
     config.pop("num_candidates", None)
     config.pop("search", None)
     text = yaml.safe_dump(config, sort_keys=False)
@@ -178,11 +230,23 @@ def _best_yaml(resolved: dict[str, Any], best: TrialRecord | None) -> str:
 def _discarded_table(plan: dict[str, Any]) -> str:
     if not plan["discarded"]:
         return "<p>None.</p>"
-    headers = [("rank", True), ("learning_rate", True), ("batch", True), ("target", False), ("rule", False), ("reason", False)]
+    headers = [
+        ("rank", True),
+        ("learning_rate", True),
+        ("batch", True),
+        ("target", False),
+        ("rule", False),
+        ("reason", False),
+    ]
     rows = []
     for item in plan["discarded"]:
         c = item["candidate"]
-        cells = [str(c["lora_rank"]), f"{c['learning_rate']:.2e}", str(c["global_batch_size"]), "+".join(c["target"])]
+        cells = [
+            str(c["lora_rank"]),
+            f"{c['learning_rate']:.2e}",
+            str(c["global_batch_size"]),
+            "+".join(c["target"]),
+        ]
         rows.append(("", [*cells, item["rule"], item["reason"]]))
     return _table(headers, rows)
 
@@ -198,7 +262,11 @@ def _pitfalls(plan: dict[str, Any]) -> str:
 def _data(plan: dict[str, Any]) -> str:
     if plan["data"] is None:
         return "<p>Not given.</p>"
-    rows = [("", [key.replace("_", " "), _plain(value)]) for key, value in plan["data"].items() if value not in (None, [], {})]
+    rows = [
+        ("", [key.replace("_", " "), _plain(value)])
+        for key, value in plan["data"].items()
+        if value not in (None, [], {})
+    ]
     return _table([("", False), ("", False)], rows)
 
 

@@ -32,7 +32,9 @@ class TrialRecord:
 
 def read_trial(paths: TrialPaths) -> TrialRecord:
     """A trial from its folder; without a status it has not ended."""
-    status = read_json(paths.status) if paths.status.exists() else {"status": "unfinished", "reason": ""}
+    status = (
+        read_json(paths.status) if paths.status.exists() else {"status": "unfinished", "reason": ""}
+    )
     return TrialRecord(
         name=paths.root.name,
         candidate=read_json(paths.config)["candidate"],

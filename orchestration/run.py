@@ -2,8 +2,6 @@
 
 import importlib.metadata
 import platform
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,12 @@ from search_spaces.candidate import Candidate, trial_name
 from trainers.paths import RunPaths, write_json, write_text
 
 PACKAGES = ("tenfold", "ray", "torch", "transformers", "peft", "bitsandbytes", "tokenizers")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
 NO_RESULT = 1
 
 
@@ -41,6 +44,7 @@ def run_sweep(config: SweepConfig, source: str) -> int:
     if inventory:
         max_concurrent_trials(trial_demand(config, inventory), inventory)
     plan = make_plan(config)
+    _require_trainable(plan)
     console = Console(highlight=False)
     _say_plan(console, plan)
 
@@ -65,14 +69,27 @@ def _plan_name(config: SweepConfig) -> str:
 
 def _require_new(run: RunPaths) -> None:
     if run.root.exists():
-        raise ValueError(f"{run.root}: the run folder exists already; give another name (--name) or remove it")
+        raise ValueError(
+            f"{run.root}: the run folder exists already; give another name (--name) or remove it"
+        )
 
 
 def _require_supported(config: SweepConfig) -> None:
     if config.data is None:
         raise ValueError("a sweep needs data; dataset_tokens alone is enough for plan only")
     if config.method != "sft":
-        raise ValueError("method: rl can be planned but not trained by this version; set method: sft")
+        raise ValueError(
+            "method: rl can be planned but not trained by this version; set method: sft"
+        )
+
+
+def _require_trainable(plan: Plan) -> None:
+    for target in sorted({candidate.target for candidate in plan.pruned.admitted}):
+        if any(linear.component == "experts" for linear in plan.shape.resolve_target(target)):
+            raise ValueError(
+                f"target {'+'.join(target)}: fused experts can be planned but not trained by this version; "
+                "set target: [attn, unembed]"
+            )
 
 
 def trial_demand(config: SweepConfig, inventory: Inventory) -> TrialDemand:
@@ -81,7 +98,9 @@ def trial_demand(config: SweepConfig, inventory: Inventory) -> TrialDemand:
     if gpus == "auto":
         gpus = 1 if inventory.num_gpus else 0
     return TrialDemand(
-        num_workers=config.workers_per_trial, cpus_per_worker=config.cpus_per_worker, gpus_per_worker=gpus
+        num_workers=config.workers_per_trial,
+        cpus_per_worker=config.cpus_per_worker,
+        gpus_per_worker=gpus,
     )
 
 
@@ -94,12 +113,18 @@ def _say_plan(console: Console, plan: Plan) -> None:
     for reason in sorted({item.reason for item in discarded}):
         console.print(f"  discarded: {reason}", markup=False, soft_wrap=True)
     for pitfall in plan.pitfalls:
-        console.print(f"  {pitfall.severity}: {pitfall.evidence}: {pitfall.symptom}. Fix: {pitfall.fix}", markup=False, soft_wrap=True)
+        console.print(
+            f"  {pitfall.severity}: {pitfall.evidence}: {pitfall.symptom}. Fix: {pitfall.fix}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _write_inputs(run: RunPaths, plan: Plan, source: str) -> None:
     write_text(run.config, source)
-    write_json(run.resolved, {"config": plan.config.model_dump(mode="json"), "versions": versions()})
+    write_json(
+        run.resolved, {"config": plan.config.model_dump(mode="json"), "versions": versions()}
+    )
     write_json(run.plan, plan_to_dict(plan))
 
 
@@ -116,7 +141,10 @@ def _train(plan: Plan, demand: TrialDemand, run: RunPaths, console: Console) -> 
     assert plan.budget is not None
     trials = [trial_dict(plan, candidate, demand, run) for candidate in plan.pruned.admitted]
     progress = Progress(
-        [trial["name"] for trial in trials], len(plan.pruned.discarded), plan.budget.num_examples, console
+        [trial["name"] for trial in trials],
+        len(plan.pruned.discarded),
+        plan.budget.num_examples,
+        console,
     )
     scheduler = {
         "kind": plan.config.scheduler,
@@ -128,14 +156,18 @@ def _train(plan: Plan, demand: TrialDemand, run: RunPaths, console: Console) -> 
     sweep.run_trials(trials, demand, run, scheduler=scheduler, progress=progress, trackers=trackers)
 
 
-def trial_dict(plan: Plan, candidate: Candidate, demand: TrialDemand, run: RunPaths) -> dict[str, Any]:
+def trial_dict(
+    plan: Plan, candidate: Candidate, demand: TrialDemand, run: RunPaths
+) -> dict[str, Any]:
     """A trial as JSON: what `trainers.sft_trainer.TrialSpec.from_dict` reads."""
     config, budget, data = plan.config, plan.budget, plan.data_spec
     assert isinstance(budget, Budget)
     assert data is not None
     name = trial_name(candidate)
     split = split_global_batch(
-        candidate.global_batch_size, demand.num_workers, config.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE
+        candidate.global_batch_size,
+        demand.num_workers,
+        config.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE,
     )
     return {
         "name": name,
@@ -159,7 +191,9 @@ def _absolute(data: dict[str, Any]) -> dict[str, Any]:
     """Local paths made absolute: a worker's working directory is not the driver's."""
 
     def resolved(value: Any) -> Any:
-        return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
+        return (
+            str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
+        )
 
     paths = ("data", "model", "eval", "chat_template")
     return {key: resolved(value) if key in paths else value for key, value in data.items()}

@@ -22,7 +22,9 @@ def show_check(plan: dict[str, Any]) -> None:
     console = Console(highlight=False)
     if plan["data"]:
         _show_data(console, plan["data"])
-    console.print(f"dataset: {plan['dataset_tokens']:,} loss-bearing tokens = {plan['dataset_bits']:,} bits to hold")
+    console.print(
+        f"dataset: {plan['dataset_tokens']:,} loss-bearing tokens = {plan['dataset_bits']:,} bits to hold"
+    )
     _show_pitfalls(console, plan)
 
 
@@ -30,17 +32,25 @@ def show_plan(plan: dict[str, Any]) -> None:
     """The whole plan, candidates grouped as the pruner judged them."""
     console = Console(highlight=False)
     model = plan["model"]
-    experts = f", {model['num_experts']} experts ({model['num_active_experts']} active)" if model["num_experts"] else ""
+    experts = (
+        f", {model['num_experts']} experts ({model['num_active_experts']} active)"
+        if model["num_experts"]
+        else ""
+    )
     console.print(
         f"[bold]{plan['name']}[/]: {model['name']} ({model['model_type']}, {model['num_params']:,} parameters, "
         f"hidden {model['hidden_size']}, {model['num_layers']} layers{experts}), {plan['method']}"
     )
     if plan["data"]:
         _show_data(console, plan["data"])
-    console.print(f"dataset: {plan['dataset_tokens']:,} loss-bearing tokens = {plan['dataset_bits']:,} bits to hold")
+    console.print(
+        f"dataset: {plan['dataset_tokens']:,} loss-bearing tokens = {plan['dataset_bits']:,} bits to hold"
+    )
     if plan["budget"]:
         budget = plan["budget"]
-        console.print(f"a trial: {budget['num_examples']:,} examples, evaluated every {budget['eval_every']:,}")
+        console.print(
+            f"a trial: {budget['num_examples']:,} examples, evaluated every {budget['eval_every']:,}"
+        )
     _show_defaults(console, plan)
     _show_candidates(console, plan)
     _show_discarded(console, plan)
@@ -49,9 +59,19 @@ def show_plan(plan: dict[str, Any]) -> None:
 
 def _show_data(console: Console, data: dict[str, Any]) -> None:
     table = Table(title=f"data: {data['data']}", show_header=False, title_justify="left")
-    shown = {key: value for key, value in data.items() if key != "data" and value not in (0, [], {}, None)}
+    shown = {
+        key: value
+        for key, value in data.items()
+        if key != "data" and value not in (0, [], {}, None)
+    }
     for key, value in shown.items():
-        text = f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if isinstance(value, float) else str(value)
+        text = (
+            f"{value:,}"
+            if isinstance(value, int)
+            else f"{value:,.1f}"
+            if isinstance(value, float)
+            else str(value)
+        )
         if isinstance(value, dict):
             text = ", ".join(f"{name}: {count:,}" for name, count in value.items())
         elif isinstance(value, list):
@@ -71,13 +91,22 @@ def _show_defaults(console: Console, plan: dict[str, Any]) -> None:
 
 def _show_candidates(console: Console, plan: dict[str, Any]) -> None:
     count = len(plan["candidates"])
-    table = Table(title=f"{count:,} admitted, in the order in which they start", title_justify="left")
+    table = Table(
+        title=f"{count:,} admitted, in the order in which they start", title_justify="left"
+    )
     for column in ("lora_rank", "learning_rate", "batch", "target", "adapter params", "capacity"):
         table.add_column(column, justify="left" if column == "target" else "right")
     for item in plan["candidates"][:MAX_LISTED]:
         c = item["candidate"]
-        margin = f"{item['adapter_bits'] / plan['dataset_bits']:.2f}x" if plan["dataset_bits"] else ""
-        row = [str(c["lora_rank"]), f"{c['learning_rate']:.2e}", str(c["global_batch_size"]), "+".join(c["target"])]
+        margin = (
+            f"{item['adapter_bits'] / plan['dataset_bits']:.2f}x" if plan["dataset_bits"] else ""
+        )
+        row = [
+            str(c["lora_rank"]),
+            f"{c['learning_rate']:.2e}",
+            str(c["global_batch_size"]),
+            "+".join(c["target"]),
+        ]
         table.add_row(*row, f"{item['adapter_params']:,}", margin)
     console.print(table)
     if count > MAX_LISTED:
@@ -92,7 +121,9 @@ def _show_discarded(console: Console, plan: dict[str, Any]) -> None:
     for reason, count in reasons.items():
         console.print(f"  {count:,} x {reason}", markup=False, soft_wrap=True)
     for reason in {item["reason"] for item in plan["advised"]}:
-        console.print(f"  kept, as capacity_policy is advisory: {reason}", markup=False, soft_wrap=True)
+        console.print(
+            f"  kept, as capacity_policy is advisory: {reason}", markup=False, soft_wrap=True
+        )
 
 
 def _show_pitfalls(console: Console, plan: dict[str, Any]) -> None:
@@ -101,20 +132,36 @@ def _show_pitfalls(console: Console, plan: dict[str, Any]) -> None:
     for pitfall in plan["pitfalls"]:
         color = {"error": "red", "warning": "yellow"}.get(pitfall["severity"], "cyan")
         console.print(f"[{color}]{pitfall['severity']}[/] [bold]{pitfall['code']}[/]: ", end="")
-        console.print(f"{pitfall['symptom']}. {pitfall['evidence']}. Fix: {pitfall['fix']}", markup=False, soft_wrap=True)
+        console.print(
+            f"{pitfall['symptom']}. {pitfall['evidence']}. Fix: {pitfall['fix']}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def show_results(
-    records: list[TrialRecord], best: TrialRecord | None, run: RunPaths, num_discarded: int, console: Console | None = None
+    records: list[TrialRecord],
+    best: TrialRecord | None,
+    run: RunPaths,
+    num_discarded: int,
+    console: Console | None = None,
 ) -> None:
     """The results table, and where the report and the best adapter are."""
     console = console or Console(highlight=False)
-    table = Table(title=f"{run.root.name}: {len(records)} trials, {num_discarded} candidates discarded before any trial")
+    table = Table(
+        title=f"{run.root.name}: {len(records)} trials, {num_discarded} candidates discarded before any trial"
+    )
     for column in ("trial", "status", "examples", "eval_loss", "bits/byte", "reason"):
-        table.add_column(column, justify="right" if column in ("examples", "eval_loss", "bits/byte") else "left")
+        table.add_column(
+            column, justify="right" if column in ("examples", "eval_loss", "bits/byte") else "left"
+        )
     for record in records:
         top = record.best
-        numbers = [f"{top['examples']:,}", f"{top['eval_loss']:.4f}", f"{top['eval_bits_per_byte']:.4f}"] if top else ["", "", ""]
+        numbers = (
+            [f"{top['examples']:,}", f"{top['eval_loss']:.4f}", f"{top['eval_bits_per_byte']:.4f}"]
+            if top
+            else ["", "", ""]
+        )
         style = "bold green" if best and record.name == best.name else None
         table.add_row(record.name, record.status, *numbers, record.reason, style=style)
     console.print(table)
@@ -122,4 +169,7 @@ def show_results(
     if base is not None:
         console.print(f"eval_loss of the untouched base: {base:.4f}")
     console.print(f"report: {run.report}", soft_wrap=True)
-    console.print(f"best adapter: {run.best}" if best else "no trial ended with a usable score", soft_wrap=True)
+    console.print(
+        f"best adapter: {run.best}" if best else "no trial ended with a usable score",
+        soft_wrap=True,
+    )

@@ -34,7 +34,9 @@ def solo_trial(config: dict[str, Any]) -> None:
             name=config["trial"]["name"],
             storage_path=workers["storage"],
             callbacks=[TuneReportCallback()],
-            failure_config=ray.train.FailureConfig(max_failures=WORKER_FAILURES, controller_failure_limit=0),
+            failure_config=ray.train.FailureConfig(
+                max_failures=WORKER_FAILURES, controller_failure_limit=0
+            ),
         ),
     )
     trainer.fit()

@@ -22,11 +22,17 @@ def start_ray(address: str | None) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # The raylet warns on the driver's terminal at 4 starting processes a core; a trial starts three.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "32")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import ray
 
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": "error",
+        "configure_logging": True,
+    }
     if address is None:
         # Without address="local", init joins whatever cluster it finds on this machine.
         ray.init(address="local", include_dashboard=True, dashboard_host="127.0.0.1", **options)
@@ -40,7 +46,9 @@ def cluster_inventory() -> Inventory:
 
     resources = ray.cluster_resources()
     return Inventory(
-        num_cpus=int(resources.get("CPU", 0)), num_gpus=int(resources.get("GPU", 0)), where="the Ray cluster"
+        num_cpus=int(resources.get("CPU", 0)),
+        num_gpus=int(resources.get("GPU", 0)),
+        where="the Ray cluster",
     )
 
 
@@ -111,11 +119,16 @@ def make_scheduler(kind: str, grace_period: int, max_t: int, reduction_factor: i
     if kind == "fifo":
         return FIFOScheduler()
     if grace_period > max_t:
-        raise ValueError(f"grace_period must be at most the budget ({max_t} examples), got {grace_period}")
+        raise ValueError(
+            f"grace_period must be at most the budget ({max_t} examples), got {grace_period}"
+        )
     if kind == "median":
         return MedianStoppingRule(time_attr="examples", grace_period=grace_period)
     return ASHAScheduler(
-        time_attr="examples", grace_period=grace_period, max_t=max_t, reduction_factor=reduction_factor
+        time_attr="examples",
+        grace_period=grace_period,
+        max_t=max_t,
+        reduction_factor=reduction_factor,
     )
 
 

@@ -7,7 +7,15 @@ from typing import Any, Protocol
 from orchestration.results import TrialRecord
 from trainers.paths import RunPaths
 
-METRICS = ("train_loss", "eval_loss", "eval_bits_per_byte", "lr", "grad_norm", "tokens", "peak_bytes")
+METRICS = (
+    "train_loss",
+    "eval_loss",
+    "eval_bits_per_byte",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "peak_bytes",
+)
 
 
 class Tracker(Protocol):

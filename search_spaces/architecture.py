@@ -30,7 +30,7 @@ def lora_num_params(
     Raises:
         ValueError: lora_rank < 1.
 
-    Source: DOCTRINE.md, section 3: r x (in + out) per matrix; experts are the fused scheme, gate
+    Source: docs/doctrine.md, section 3: r x (in + out) per matrix; experts are the fused scheme, gate
         and up being one matrix hidden -> 2m, at rank max(1, lora_rank // active).
     """
     if lora_rank < 1:

@@ -1,7 +1,7 @@
 """Can an adapter hold a data set? Adapter bits against dataset bits, in exact integers.
 
 The rule is 2 x params >= dataset bits: equality holds, one bit less is UNDERCAPACITY. It is an
-estimate of where learning gets slower, not a law (DOCTRINE.md, section 1).
+estimate of where learning gets slower, not a law (docs/doctrine.md, section 1).
 """
 
 import math
@@ -126,7 +126,7 @@ def min_rank_for_dataset(
     Raises:
         ValueError: out of range.
 
-    Source: DOCTRINE.md, section 1.
+    Source: docs/doctrine.md, section 1.
     """
     bits = dataset_bits(dataset_tokens, bits_per_token)
     rank_bits = params_per_rank(hidden_dim, num_layers) * doctrine.BITS_PER_PARAM.value

@@ -11,7 +11,7 @@ T_co = TypeVar("T_co", covariant=True)
 Method = Literal["sft", "rl"]
 
 BLOG = "LoRA Without Regret (Thinking Machines, 2025)"
-USER_DOCTRINE = "the doctrine (DOCTRINE.md, section 1)"
+USER_DOCTRINE = "docs/doctrine.md, section 1"
 TINKER = "tinker-cookbook hyperparam_utils.py (Thinking Machines, 2025)"
 COOKBOOKS = "TRL and tinker-cookbook GRPO recipes"
 
@@ -91,13 +91,13 @@ RL_LR_GRID = Rule(
 LR_GRID_DECADES = Rule(
     key="lr_grid_decades",
     value=0.75,
-    source="Tenfold design, section 1",
+    source="Tenfold default",
     evidence="half width of the SFT grid; covers 3x to 15x of FullFT with room on both sides",
 )
 LR_GRID_STEP_DECADES = Rule(
     key="lr_grid_step_decades",
     value=0.25,
-    source="DOCTRINE.md, section 4",
+    source="docs/doctrine.md, section 4",
     evidence="10^0.25 between neighbours: 7 points over +-0.75 decade",
 )
 LR_EXTRAPOLATED_DECADES = Rule(
@@ -239,7 +239,7 @@ def size_class_of(num_params: int, size_class: str | None = None) -> SizeClass:
     Raises:
         ValueError: num_params < 1, or no row of that name.
 
-    Source: DOCTRINE.md, section 1: distance in log size to the row's nearest edge, ties to the
+    Source: docs/doctrine.md, section 1: distance in log size to the row's nearest edge, ties to the
         smaller row; below 1B the first row, above 70B the last.
     """
     if size_class is not None:

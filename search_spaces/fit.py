@@ -37,7 +37,7 @@ def fit_log_parabola(points: Points) -> Optimum:
     Raises:
         ValueError: a learning rate <= 0, or no finite loss.
 
-    Source: DOCTRINE.md, section 4: never on the edge of the grid or beside a diverged point.
+    Source: docs/doctrine.md, section 4: never on the edge of the grid or beside a diverged point.
     """
     curve = _curve(points)
     best = min(range(len(curve)), key=lambda i: curve[i][1])

@@ -83,7 +83,7 @@ def find(
     Raises:
         ValueError: neither space nor candidates, or a target that the model does not have.
 
-    Source: DOCTRINE.md, section 2.
+    Source: docs/doctrine.md, section 2.
     """
     doctrine.check_method(method)
     if space is None and candidates is None:
@@ -357,7 +357,7 @@ def _shared_learning_rate(facts: _Facts) -> Pitfall | None:
         evidence="LoRA and FullFT run the same learning rates "
         f"{', '.join(f'{rate:.3g}' for rate in facts.full_rates)}",
         fix=f"LoRA at {doctrine.LR_RATIO.value:g}x the FullFT rates",
-        source=f"{doctrine.LR_RATIO.source}; DOCTRINE.md, section 4",
+        source=f"{doctrine.LR_RATIO.source}; docs/doctrine.md, section 4",
     )
 
 

@@ -118,7 +118,7 @@ def prune(
         NothingAdmittedError: there were candidates and none is admitted.
         ValueError: unknown policy, or a target that the model does not have.
 
-    Source: DOCTRINE.md, section 1, capacity; FIELD_CASES B06 for dropout on fused experts.
+    Source: docs/doctrine.md, section 1, capacity; huggingface/peft: ParamWrapper refuses dropout.
     """
     policy = _check_policy(policy)
     judge = _Judge(shape, whole_bits(dataset_bits))

@@ -27,7 +27,7 @@ __all__ = [
     "trial_name",
 ]
 
-TENFOLD_DEFAULT = "Tenfold default (DESIGN.md, section 1)"
+TENFOLD_DEFAULT = "Tenfold default"
 QLORA_NOTE = "QLoRA (arXiv 2305.14314) clips at 0.3"
 
 

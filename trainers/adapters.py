@@ -60,11 +60,17 @@ class AdaptedLayer(nn.Module):
     """A frozen layer plus the low-rank products of the pack's slots."""
 
     def __init__(
-        self, base: nn.Module, name: str, specs: Sequence[AdapterSpec], targeted: Sequence[bool], ctx: PackContext
+        self,
+        base: nn.Module,
+        name: str,
+        specs: Sequence[AdapterSpec],
+        targeted: Sequence[bool],
+        ctx: PackContext,
     ) -> None:
         super().__init__()
         in_features, out_features = layer_features(base)
         weight = base.weight
+        assert isinstance(weight, torch.Tensor)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         largest = max(spec.lora_rank for spec in specs)
         shape_a, shape_b = (len(specs), largest, in_features), (len(specs), out_features, largest)
@@ -77,7 +83,10 @@ class AdaptedLayer(nn.Module):
             device=weight.device,
         )
         self.specs, self.targeted = tuple(specs), tuple(targeted)
-        self.A_SRI.grad, self.B_SOR.grad = torch.zeros_like(self.A_SRI), torch.zeros_like(self.B_SOR)
+        self.A_SRI.grad, self.B_SOR.grad = (
+            torch.zeros_like(self.A_SRI),
+            torch.zeros_like(self.B_SOR),
+        )
         for slot, hit in enumerate(targeted):
             if hit:
                 self._initialise(slot)
@@ -105,7 +114,9 @@ class AdaptedLayer(nn.Module):
         # their own (fp32 on a bf16 base).
         x_KNI = self._drop(x.reshape(len(slots), -1, x.shape[-1]))
         low_KNR = torch.bmm(x_KNI, A_KRI.to(x.dtype).transpose(1, 2))
-        delta_KNO = torch.bmm(low_KNR * scaling_K.to(x.dtype)[:, None, None], B_KOR.to(x.dtype).transpose(1, 2))
+        delta_KNO = torch.bmm(
+            low_KNR * scaling_K.to(x.dtype)[:, None, None], B_KOR.to(x.dtype).transpose(1, 2)
+        )
         return out + delta_KNO.reshape(out.shape)
 
     def _drop(self, x_KNI: torch.Tensor) -> torch.Tensor:
@@ -113,7 +124,9 @@ class AdaptedLayer(nn.Module):
         if keys_B is None or not any(self.specs[slot].dropout for slot in self.ctx.active):
             return x_KNI
         keys_K = keys_B.chunk(len(self.ctx.active))
-        dropped = [self._drop_one(*each) for each in zip(x_KNI, keys_K, self.ctx.active, strict=True)]
+        dropped = [
+            self._drop_one(*each) for each in zip(x_KNI, keys_K, self.ctx.active, strict=True)
+        ]
         return torch.stack(dropped)
 
     def _drop_one(self, x_NI: torch.Tensor, keys: torch.Tensor, slot: int) -> torch.Tensor:
@@ -162,7 +175,9 @@ def inject(model: PreTrainedModel, specs: Sequence[AdapterSpec]) -> Pack:
     ctx = PackContext(active=tuple(range(len(specs))))
     layers: dict[str, AdaptedLayer] = {}
     for name in sorted(set().union(*hits)):
-        layer = AdaptedLayer(model.get_submodule(name), name, specs, [name in hit for hit in hits], ctx)
+        layer = AdaptedLayer(
+            model.get_submodule(name), name, specs, [name in hit for hit in hits], ctx
+        )
         layers[name] = layer
     for name, layer in layers.items():
         model.set_submodule(name, layer)
@@ -182,7 +197,10 @@ def _views(layers: dict[str, AdaptedLayer], slot: int) -> dict[str, nn.Parameter
         if not layer.targeted[slot]:
             continue
         lora_rank = layer.specs[slot].lora_rank
-        pairs = (("lora_A", layer.A_SRI, (slot, slice(0, lora_rank))), ("lora_B", layer.B_SOR, (slot, slice(None), slice(0, lora_rank))))
+        pairs = (
+            ("lora_A", layer.A_SRI, (slot, slice(0, lora_rank))),
+            ("lora_B", layer.B_SOR, (slot, slice(None), slice(0, lora_rank))),
+        )
         for kind, stored, index in pairs:
             view = nn.Parameter(stored.detach()[index])
             assert stored.grad is not None
@@ -205,7 +223,11 @@ def matching_layers(model: nn.Module, linears: Iterable[LinearShape]) -> set[str
                 f"target 'experts' ({linear.name}): fused 3-D experts cannot be trained by this version; "
                 "set target to attn, mlp and/or unembed"
             )
-        names = [n for n in modules if (n == linear.name or n.endswith("." + linear.name)) and _is_text_layer(n)]
+        names = [
+            n
+            for n in modules
+            if (n == linear.name or n.endswith("." + linear.name)) and _is_text_layer(n)
+        ]
         _check_matches(linear, names, modules)
         found.update(names)
     return found
@@ -224,7 +246,9 @@ def _check_matches(linear: LinearShape, names: list[str], modules: dict[str, nn.
     expected = (linear.in_features, linear.out_features)
     for name in names:
         if (got := layer_features(modules[name])) != expected:
-            raise ValueError(f"layer {name} must be {expected[0]} -> {expected[1]}, is {got[0]} -> {got[1]}")
+            raise ValueError(
+                f"layer {name} must be {expected[0]} -> {expected[1]}, is {got[0]} -> {got[1]}"
+            )
 
 
 def layer_features(layer: nn.Module) -> tuple[int, int]:
@@ -237,7 +261,9 @@ def layer_features(layer: nn.Module) -> tuple[int, int]:
         return layer.in_features, layer.out_features
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
-    raise ValueError(f"a LoRA needs a Linear, Linear4bit or Conv1D layer, got {type(layer).__name__}")
+    raise ValueError(
+        f"a LoRA needs a Linear, Linear4bit or Conv1D layer, got {type(layer).__name__}"
+    )
 
 
 def derived_seed(*parts: object) -> int:

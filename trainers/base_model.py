@@ -35,7 +35,11 @@ class BaseSpec:
 
 def pick_device() -> torch.device:
     """The CUDA device of this worker when it has one, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -50,7 +54,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}")
     if name == "bf16" and device.type == "cuda" and not has_bf16:
-        raise ValueError(f"dtype 'bf16' is not supported by {torch.cuda.get_device_name(device)}; set dtype: fp32")
+        raise ValueError(
+            f"dtype 'bf16' is not supported by {torch.cuda.get_device_name(device)}; set dtype: fp32"
+        )
     return DTYPES[name]
 
 
@@ -79,7 +85,9 @@ def load_base(spec: BaseSpec, device: torch.device | None = None) -> PreTrainedM
     model.requires_grad_(False)
     model.eval()
     if spec.quantization == "nf4" and not nf4_layer_names(model):
-        raise ValueError(f"quantization nf4 reached no layer of {spec.model!r}; set quantization: none")
+        raise ValueError(
+            f"quantization nf4 reached no layer of {spec.model!r}; set quantization: none"
+        )
     return model
 
 

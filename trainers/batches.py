@@ -53,7 +53,9 @@ class RowSource:
                 rows[at] = row
                 ids[at, : len(example.input_ids)] = example.input_ids
                 loss[at, : len(example.loss_mask)] = example.loss_mask
-        rows_B, ids_BT, loss_BT = (torch.from_numpy(array).to(self.device) for array in (rows, ids, loss))
+        rows_B, ids_BT, loss_BT = (
+            torch.from_numpy(array).to(self.device) for array in (rows, ids, loss)
+        )
         return Batch(rows_B=rows_B, ids_BT=ids_BT, loss_BT=loss_BT)
 
 
@@ -67,7 +69,11 @@ def example_order(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray
 
 
 def worker_micro_batches(
-    indices: np.ndarray, lengths: np.ndarray, micro_batch_size: int, world_rank: int, world_size: int
+    indices: np.ndarray,
+    lengths: np.ndarray,
+    micro_batch_size: int,
+    world_rank: int,
+    world_size: int,
 ) -> Iterator[np.ndarray]:
     """This worker's share of a global batch, in micro-batches of rows of like length.
 

@@ -16,7 +16,9 @@ ADAPTER_FILE = "adapter_model.safetensors"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
 
 
-def save_checkpoint(pack: Pack, run: Run, folder: Path, *, base_name: str, revision: str | None) -> None:
+def save_checkpoint(
+    pack: Pack, run: Run, folder: Path, *, base_name: str, revision: str | None
+) -> None:
     """Writes weights and everything a restart needs; the folder appears whole or not at all.
 
     Raises:
@@ -29,7 +31,9 @@ def save_checkpoint(pack: Pack, run: Run, folder: Path, *, base_name: str, revis
     replace_folder(temporary, folder)
 
 
-def save_weights(pack: Pack, run: Run, folder: Path, *, base_name: str, revision: str | None) -> None:
+def save_weights(
+    pack: Pack, run: Run, folder: Path, *, base_name: str, revision: str | None
+) -> None:
     """The weights alone, into an existing folder: what PEFT (or transformers) loads."""
     if run.slot.spec is None:
         pack.model.save_pretrained(folder)
@@ -58,7 +62,9 @@ def check_adapter_file(path: Path, names: set[str], *, trained: bool) -> None:
     tensors = load_file(path)
     empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
     if set(tensors) != names or empty:
-        raise RuntimeError(f"{path} must hold {len(names)} tensors, holds {len(tensors)}, {len(empty)} empty")
+        raise RuntimeError(
+            f"{path} must hold {len(names)} tensors, holds {len(tensors)}, {len(empty)} empty"
+        )
     b_matrices = [tensor for name, tensor in tensors.items() if ".lora_B." in name]
     if trained and not any(bool(tensor.any()) for tensor in b_matrices):
         raise RuntimeError(f"{path}: every lora_B is zero after training; nothing was learnt")
@@ -90,7 +96,7 @@ def lora_config(pack: Pack, spec: AdapterSpec, base_name: str, revision: str | N
         base_model_name_or_path=base_name,
         revision=revision,
         r=spec.lora_rank,
-        lora_alpha=spec.lora_alpha,
+        lora_alpha=spec.lora_alpha,  # pyright: ignore[reportArgumentType]  # PEFT takes any number
         lora_dropout=spec.dropout,
         target_modules=sorted(_target_names(pack, spec, layers)),
         fan_in_fan_out=any(type(layer.base).__name__ == "Conv1D" for layer in layers.values()),
@@ -123,5 +129,6 @@ def _restore_optimizer(run: Run, tensors: dict[str, torch.Tensor]) -> None:
     for name, parameter in run.slot.parameters.items():
         if name in states:
             run.optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in states[name].items()
+                key: value if key == "step" else value.to(parameter.device)
+                for key, value in states[name].items()
             }

@@ -25,7 +25,9 @@ class Comm:
         """Sums the gradients in place and returns the summed nats: one collective for both."""
         if self.world_size == 1:
             return float(nats)
-        flat = torch.cat([*(g.reshape(-1) for g in gradients), nats.reshape(1).to(gradients[0].dtype)])
+        flat = torch.cat(
+            [*(g.reshape(-1) for g in gradients), nats.reshape(1).to(gradients[0].dtype)]
+        )
         dist.all_reduce(flat)
         offset = 0
         for gradient in gradients:

@@ -25,7 +25,9 @@ def row_keys(rows: torch.Tensor, step: int) -> torch.Tensor:
     return _mix(_mix(rows * _GOLDEN + 1) + step)
 
 
-def keep_mask(keys_B: torch.Tensor, layer_key: int, num_positions: int, num_features: int, rate: float) -> torch.Tensor:
+def keep_mask(
+    keys_B: torch.Tensor, layer_key: int, num_positions: int, num_features: int, rate: float
+) -> torch.Tensor:
     """Which inputs stay, bool [B, T, I]; each is dropped with probability `rate`."""
     device = keys_B.device
     positions_T = torch.arange(num_positions, device=device) * _GOLDEN

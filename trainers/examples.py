@@ -12,12 +12,15 @@ exactly the completion (field case A12). The spans of a chat are treated alike.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainers.messages import ChatRow
 from trainers.records import BadRows, DataError, Origin, RowError
 from trainers.rows import CompletionRow, Row, TextRow
 from trainers.tokenizer import LoadedTokenizer
+
+if TYPE_CHECKING:  # jinja2 is loaded only for chat rows
+    from trainers.chat_template import ChatTemplate, Rendered
 
 CHUNK_ROWS = 256
 
@@ -104,7 +107,7 @@ class RowEncoder:
 
     def __init__(self, tokenizer: LoadedTokenizer, *, completion_only: bool = True) -> None:
         self.tokenizer, self.completion_only = tokenizer, completion_only
-        self._template: Any = None
+        self._template: ChatTemplate | None = None
 
     def encode(
         self, rows: Iterable[tuple[Row, Origin]], bad: BadRows
@@ -112,23 +115,23 @@ class RowEncoder:
         """Rows with their tokens, in order; a row that the chat template refuses goes to `bad`."""
         stream = iter(rows)
         while chunk := list(islice(stream, CHUNK_ROWS)):
-            yield from zip(*self._encode_chunk(chunk, bad), strict=True)
+            encoded = self._encode_chunk(chunk, bad)
+            pairs = zip((row for row, _ in chunk), encoded, strict=True)
+            yield from ((row, tokens) for row, tokens in pairs if tokens is not None)
 
     def _encode_chunk(
         self, chunk: list[tuple[Row, Origin]], bad: BadRows
-    ) -> tuple[list[Row], list[TokenizedRow]]:
+    ) -> list[TokenizedRow | None]:
+        """One entry a row, None for those that went to `bad`; each kind of row is one batch."""
         texts = [r for r, _ in chunk if isinstance(r, TextRow)]
         pairs = [r for r, _ in chunk if isinstance(r, CompletionRow)]
         chats = [(r, origin) for r, origin in chunk if isinstance(r, ChatRow)]
-        kept, encoded_chats = self._encode_chats(chats, bad) if chats else ([], [])
-        queues: dict[type, Iterator[TokenizedRow]] = {
-            TextRow: iter(self._encode_texts(texts)),
-            CompletionRow: iter(self._encode_pairs(pairs)),
-            ChatRow: iter(encoded_chats),
+        queues: dict[type, Iterator[TokenizedRow | None]] = {
+            TextRow: self._encode_texts(texts),
+            CompletionRow: self._encode_pairs(pairs),
+            ChatRow: self._encode_chats(chats, bad),
         }
-        kept_ids = {id(row) for row in kept}
-        usable = [r for r, _ in chunk if not isinstance(r, ChatRow) or id(r) in kept_ids]
-        return usable, [next(queues[type(row)]) for row in usable]
+        return [next(queues[type(row)]) for row, _ in chunk]
 
     def _batch(self, texts: Sequence[str]) -> list[Any]:
         return (
@@ -188,7 +191,7 @@ class RowEncoder:
         return ids, tuple(pieces)
 
     @property
-    def template(self) -> Any:
+    def template(self) -> "ChatTemplate":
         """The compiled chat template.
 
         Raises: DataError: the tokenizer has none, or it cannot be used.
@@ -224,19 +227,23 @@ class RowEncoder:
 
     def _encode_chats(
         self, rows: list[tuple[ChatRow, Origin]], bad: BadRows
-    ) -> tuple[list[ChatRow], list[TokenizedRow]]:
-        kept, rendered, template = [], [], self.template
-        for row, origin in rows:
-            try:
-                rendered.append(_with_loss(template.assistant_spans(row), self.completion_only))
-            except RowError as error:
-                bad.add(origin, str(error))
-                continue
-            kept.append(row)
-        encodings = self._batch([r.text for r in rendered])
-        return kept, [self._chat(r, e) for r, e in zip(rendered, encodings, strict=True)]
+    ) -> Iterator[TokenizedRow | None]:
+        rendered = [self._rendered(row, origin, bad) for row, origin in rows]
+        encodings = iter(self._batch([r.text for r in rendered if r is not None]))
+        for each in rendered:
+            yield None if each is None else self._chat(each, next(encodings))
 
-    def _chat(self, rendered: Any, encoding: Any) -> TokenizedRow:
+    def _rendered(self, row: ChatRow, origin: Origin, bad: BadRows) -> "Rendered | None":
+        try:
+            rendered = self.template.assistant_spans(row)
+            if self.completion_only and not rendered.spans:
+                raise RowError("must have an assistant message to train on, has none")
+        except RowError as error:
+            bad.add(origin, str(error))
+            return None
+        return rendered
+
+    def _chat(self, rendered: "Rendered", encoding: Any) -> TokenizedRow:
         found = [token_span(encoding, *span) for span in rendered.spans]
         exact = [span for span in found if span is not None]
         if len(exact) == len(found):
@@ -249,7 +256,7 @@ class RowEncoder:
         clipped = tuple((max(1, start), stop) for start, stop in spans if stop > max(1, start))
         return TokenizedRow(ids, clipped, pieces)
 
-    def _chat_apart(self, rendered: Any) -> tuple[list[int], tuple[Piece, ...], list[Span]]:
+    def _chat_apart(self, rendered: "Rendered") -> tuple[list[int], tuple[Piece, ...], list[Span]]:
         """The text cut at its spans' ends and encoded piece by piece."""
         cuts = sorted({0, len(rendered.text), *(at for span in rendered.spans for at in span)})
         ranges = list(pairwise(cuts))
@@ -261,12 +268,6 @@ class RowEncoder:
             if any(start <= bounds[0] and bounds[1] <= stop for start, stop in rendered.spans)
         ]
         return ids, pieces, spans
-
-
-def _with_loss(rendered: Any, completion_only: bool) -> Any:
-    if completion_only and not rendered.spans:
-        raise RowError("must have an assistant message to train on, has none")
-    return rendered
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,14 @@ def unfreeze(model: PreTrainedModel) -> Pack:
             make every full-fine-tuning learning rate look too low.
     """
     if nf4_layer_names(model):
-        raise ValueError("full fine-tuning needs quantization: none; a 4-bit base cannot be trained")
+        raise ValueError(
+            "full fine-tuning needs quantization: none; a 4-bit base cannot be trained"
+        )
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if torch.bfloat16 in dtypes:
-        raise ValueError("full fine-tuning needs dtype: fp32; updates below bf16's precision are lost")
+        raise ValueError(
+            "full fine-tuning needs dtype: fp32; updates below bf16's precision are lost"
+        )
     model.requires_grad_(True)
     parameters = dict(model.named_parameters())
     for parameter in parameters.values():

@@ -7,6 +7,7 @@ text (`1.50` in a text column trains "1.50"); an object with the same key twice 
 import csv
 import gzip
 import json
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from trainers.records import BadRows, DataError, Origin, Record, RowError
 
 BOM = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+SPACE = re.compile(r"[ \t\r\n]*")
 ROW_LIST_KEYS = ("data", "rows", "train")
 
 
@@ -200,9 +202,8 @@ def _array_rows(path: Path, text: str, index: int) -> Iterator[Record]:
 
 
 def _skip_space(text: str, index: int) -> int:
-    while text[index : index + 1] in (" ", "\n", "\r", "\t") and index < len(text):
-        index += 1
-    return index
+    match = SPACE.match(text, index)
+    return match.end() if match else index
 
 
 def _object_rows(path: Path, value: Any, text: str, bad: BadRows) -> Iterator[Record]:

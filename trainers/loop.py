@@ -237,11 +237,17 @@ class Trainer:
         for run, eval_loss, bits_per_byte in zip(due, losses, bits, strict=True):
             self._conclude(run, eval_loss, bits_per_byte, on_evaluation)
 
-    def _conclude(self, run: Run, eval_loss: float, bits_per_byte: float, on_evaluation: OnEvaluation) -> None:
+    def _conclude(
+        self, run: Run, eval_loss: float, bits_per_byte: float, on_evaluation: OnEvaluation
+    ) -> None:
         if not math.isfinite(eval_loss):
             run.status, run.reason = "diverged", f"eval_loss {eval_loss} at step {run.steps}"
             return
-        nats, tokens = (sum(part) for part in zip(*run.since_report, strict=True)) if run.since_report else (0.0, 0)
+        nats, tokens = (
+            (sum(part) for part in zip(*run.since_report, strict=True))
+            if run.since_report
+            else (0.0, 0)
+        )
         evaluation = Evaluation(
             examples=run.examples,
             steps=run.steps,
@@ -284,7 +290,9 @@ class Trainer:
     @staticmethod
     def _row_keys(batch: Batch, active: Sequence[Run]) -> torch.Tensor:
         rows_K = batch.rows_B.chunk(len(active))
-        return torch.cat([row_keys(rows, run.steps) for rows, run in zip(rows_K, active, strict=True)])
+        return torch.cat(
+            [row_keys(rows, run.steps) for rows, run in zip(rows_K, active, strict=True)]
+        )
 
 
 def segment_nats(pack: Pack, batch: Batch, num_segments: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,13 +26,18 @@ def shape_of_meta_model(config: Path) -> ModelShape:
     try:
         model = meta_model(config.parent if config.name == "config.json" else config)
     except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{config}: transformers cannot build this model: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{config}: transformers cannot build this model: {str(error).splitlines()[0]}"
+        ) from error
     linears = _linears(model)
     if not any(linear.component == "attn" for linear in linears):
         raise ValueError(f"{config}: no attention layer was recognised in {type(model).__name__}")
-    text, embedding = model.config.get_text_config(), model.get_input_embeddings()
+    text = model.config.get_text_config()
+    embedding = cast(nn.Embedding, model.get_input_embeddings())
     tied = bool(getattr(text, "tie_word_embeddings", False))
-    adapted = sum(linear.num_params for linear in linears if not (tied and linear.component == "unembed"))
+    adapted = sum(
+        linear.num_params for linear in linears if not (tied and linear.component == "unembed")
+    )
     total = sum(parameter.numel() for parameter in model.parameters())
     return ModelShape.from_linears(
         model_type=model.config.model_type,
@@ -69,7 +75,9 @@ def _suffix(name: str) -> str:
 
 def _component(name: str) -> str | None:
     lowered = name.lower()
-    if any(word in lowered for word in ("vision", "visual", "audio", "router", ".gate.")) or lowered.endswith(".gate"):
+    if any(
+        word in lowered for word in ("vision", "visual", "audio", "router", ".gate.")
+    ) or lowered.endswith(".gate"):
         return None
     if any(word in lowered for word in ATTENTION_WORDS):
         return "attn"

@@ -6,13 +6,13 @@ The doctrine's own snippet imports from here: `count_tokens` and `validate_capac
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from search_spaces.architecture import ModelShape
-from search_spaces.capacity import validate_capacity
 from search_spaces.candidate import Candidate
+from search_spaces.capacity import validate_capacity
 from trainers.adapters import AdapterSpec, Pack, inject
 from trainers.base_model import BaseSpec, load_base
 from trainers.batches import RowSource
@@ -104,7 +104,9 @@ def train_trial(spec: TrialSpec, report: Report) -> TrialResult:
     run = new_run(pack, 0, run_spec(spec))
     paths = TrialPaths(spec.folder)
     load_checkpoint(run, paths.checkpoint)
-    recorder = _Recorder(spec, pack, paths, report, writes=comm.world_rank == 0, examples=run.examples)
+    recorder = _Recorder(
+        spec, pack, paths, report, writes=comm.world_rank == 0, examples=run.examples
+    )
     if run.examples >= spec.num_examples:
         run.status = "finished"
     trainer.run([run], recorder)
@@ -120,7 +122,7 @@ def run_spec(spec: TrialSpec) -> RunSpec:
         global_batch_size=candidate.global_batch_size,
         num_examples=spec.num_examples,
         eval_every=spec.eval_every,
-        lr_schedule=candidate.lr_schedule,
+        lr_schedule=cast(Any, candidate.lr_schedule),
         warmup=candidate.warmup,
         weight_decay=candidate.weight_decay,
         max_grad_norm=candidate.max_grad_norm,
@@ -143,7 +145,9 @@ def _build_pack(spec: TrialSpec) -> tuple[Pack, torch.device]:
     return inject(model, [adapter]), model.device
 
 
-def _trainer(pack: Pack, data: PreparedData, spec: TrialSpec, device: torch.device, comm: Comm) -> Trainer:
+def _trainer(
+    pack: Pack, data: PreparedData, spec: TrialSpec, device: torch.device, comm: Comm
+) -> Trainer:
     pad_id = load_tokenizer(spec.data.model, revision=spec.data.revision).pad_id
     return Trainer(
         pack,
@@ -158,9 +162,22 @@ class _Recorder:
     """Writes each evaluation to the trial's folder and reports it."""
 
     def __init__(
-        self, spec: TrialSpec, pack: Pack, paths: TrialPaths, report: Report, *, writes: bool, examples: int
+        self,
+        spec: TrialSpec,
+        pack: Pack,
+        paths: TrialPaths,
+        report: Report,
+        *,
+        writes: bool,
+        examples: int,
     ) -> None:
-        self.spec, self.pack, self.paths, self.report, self.writes = spec, pack, paths, report, writes
+        self.spec, self.pack, self.paths, self.report, self.writes = (
+            spec,
+            pack,
+            paths,
+            report,
+            writes,
+        )
         # A restart goes on from the checkpoint: rows written after it will be written again.
         self.rows = [row for row in read_json_lines(paths.metrics) if row["examples"] <= examples]
 
@@ -185,5 +202,10 @@ class _Recorder:
 
     def finish(self, run: Run) -> None:
         if self.writes:
-            status = {"status": run.status, "reason": run.reason, "examples": run.examples, "steps": run.steps}
+            status = {
+                "status": run.status,
+                "reason": run.reason,
+                "examples": run.examples,
+                "steps": run.steps,
+            }
             write_json(self.paths.status, status)

@@ -238,7 +238,7 @@ def _loaded(
     bos_id = _known_id(backend, tokens["bos_token"]) if "bos_token" in tokens else None
     pad_id, pad_source = _pad(backend, tokens, eos_id)
     added = backend.get_added_tokens_decoder()
-    prefix = _prefix_ids(backend, bos_id, config.get("add_bos_token"))
+    prefix = _prefix_ids(backend)
     return LoadedTokenizer(
         name=name,
         encoder=_plain_encoder(backend),
@@ -291,17 +291,14 @@ def _pad(backend: "Tokenizer", tokens: dict[str, str], eos_id: int) -> tuple[int
     return eos_id, "end token (the tokenizer has no pad token; masks go by length)"
 
 
-def _prefix_ids(backend: "Tokenizer", bos_id: int | None, add_bos: Any) -> tuple[int, ...]:
-    """What encoding puts before a text, found by encoding one; `add_bos_token` in the config,
-    where it is given, has the last word."""
+def _prefix_ids(backend: "Tokenizer") -> tuple[int, ...]:
+    """What encoding puts before a text, found by encoding one. `add_bos_token` in the config is not
+    asked: transformers 5 does not either, where there is a tokenizer.json."""
     probe = "a"
     plain = backend.encode(probe, add_special_tokens=False).ids
     full = backend.encode(probe, add_special_tokens=True).ids
     starts = (i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain)
-    prefix = tuple(full[: next(starts, 0)])
-    if add_bos is True and not prefix and bos_id is not None:
-        return (bos_id,)
-    return () if add_bos is False and prefix == (bos_id,) else prefix
+    return tuple(full[: next(starts, 0)])
 
 
 def _plain_encoder(backend: "Tokenizer") -> "Tokenizer":

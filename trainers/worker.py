@@ -23,5 +23,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, str]:
 
     result = train_trial(spec, report)
     if result.status == "diverged":
-        ray.train.report({"eval_loss": DIVERGED_LOSS, "examples": spec.num_examples, "trial": spec.name})
+        ray.train.report(
+            {"eval_loss": DIVERGED_LOSS, "examples": spec.num_examples, "trial": spec.name}
+        )
     return {"status": result.status, "reason": result.reason}

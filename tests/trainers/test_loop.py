@@ -28,11 +28,16 @@ def adapter_spec(model, lora_rank=4, target=("attn", "mlp", "unembed"), **change
     return AdapterSpec(lora_rank=lora_rank, lora_alpha=32, linears=linears, **changes)
 
 
-def train(model, specs, run_specs, rows, held_out, micro_batch_size=3) -> tuple[list[Run], list[list[float]]]:
+def train(
+    model, specs, run_specs, rows, held_out, micro_batch_size=3
+) -> tuple[list[Run], list[list[float]]]:
     """Trains a pack and records each run's loss at every optimizer step."""
     pack = inject(model, specs)
     trainer = Trainer(
-        pack, RowSource(rows, 0, CPU), RowSource(held_out, 0, CPU), micro_batch_size=micro_batch_size
+        pack,
+        RowSource(rows, 0, CPU),
+        RowSource(held_out, 0, CPU),
+        micro_batch_size=micro_batch_size,
     )
     runs = [new_run(pack, index, spec) for index, spec in enumerate(run_specs)]
     losses: list[list[float]] = [[] for _ in runs]
@@ -55,7 +60,9 @@ def peft_reference(model, spec: AdapterSpec, run_spec: RunSpec, rows: Rows) -> l
         target_modules=sorted({linear.name for linear in spec.linears}),
     )
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
-    own = inject(tiny_model(model.dtype, tie_word_embeddings=model.config.tie_word_embeddings), [spec])
+    own = inject(
+        tiny_model(model.dtype, tie_word_embeddings=model.config.tie_word_embeddings), [spec]
+    )
     parameters = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for name, parameter in own.slots[0].parameters.items():
@@ -69,9 +76,15 @@ def peft_reference(model, spec: AdapterSpec, run_spec: RunSpec, rows: Rows) -> l
         batch = [rows.example(int(index)) for index in order]
         width = max(len(row.input_ids) for row in batch)
         ids = torch.tensor([[*row.input_ids, *[0] * (width - len(row.input_ids))] for row in batch])
-        attention = torch.tensor([[1] * len(r.input_ids) + [0] * (width - len(r.input_ids)) for r in batch])
+        attention = torch.tensor(
+            [[1] * len(r.input_ids) + [0] * (width - len(r.input_ids)) for r in batch]
+        )
         labels = torch.tensor(
-            [[int(i) if m else -100 for i, m in zip(r.input_ids, r.loss_mask, strict=True)] + [-100] * (width - len(r.input_ids)) for r in batch]
+            [
+                [int(i) if m else -100 for i, m in zip(r.input_ids, r.loss_mask, strict=True)]
+                + [-100] * (width - len(r.input_ids))
+                for r in batch
+            ]
         )
         logits = peft_model(input_ids=ids, attention_mask=attention).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
@@ -105,7 +118,10 @@ def test_loop_one_adapter_float32_equals_peft_over_5_steps(rows, held_out):
 def test_loop_any_micro_batch_size_gives_the_same_losses(held_out):
     # FIELD D07: rows with 1 and 50 loss tokens weigh by token, not by micro-batch.
     rows = random_rows(30, seed=3, longest=60)
-    runs = [train(tiny_model(), [adapter_spec(tiny_model())], [SPEC], rows, held_out, size)[1][0] for size in (1, 2, 6)]
+    runs = [
+        train(tiny_model(), [adapter_spec(tiny_model())], [SPEC], rows, held_out, size)[1][0]
+        for size in (1, 2, 6)
+    ]
     assert runs[0] == pytest.approx(runs[1], abs=1e-9)
     assert runs[0] == pytest.approx(runs[2], abs=1e-9)
 
@@ -113,7 +129,9 @@ def test_loop_any_micro_batch_size_gives_the_same_losses(held_out):
 def test_loop_first_step_every_lora_b_has_a_gradient(rows, held_out):
     model = tiny_model()
     pack = inject(model, [adapter_spec(model)])
-    trainer = Trainer(pack, RowSource(rows, 0, CPU), RowSource(held_out, 0, CPU), micro_batch_size=6)
+    trainer = Trainer(
+        pack, RowSource(rows, 0, CPU), RowSource(held_out, 0, CPU), micro_batch_size=6
+    )
     run = new_run(pack, 0, SPEC)
     trainer._begin_batch(run)
     trainer._micro_step([run])
@@ -129,7 +147,11 @@ def test_loop_mixed_pack_of_three_trains_each_as_if_alone(rows, held_out):
         adapter_spec(base, 8, target=("attn",), seed=5, dropout=0.1),
         adapter_spec(base, 2, target=("mlp", "unembed"), seed=9),
     ]
-    run_specs = [SPEC, replace(SPEC, global_batch_size=4, seed=1, learning_rate=3e-3), replace(SPEC, num_examples=60, seed=2)]
+    run_specs = [
+        SPEC,
+        replace(SPEC, global_batch_size=4, seed=1, learning_rate=3e-3),
+        replace(SPEC, num_examples=60, seed=2),
+    ]
     _, together = train(tiny_model(), specs, run_specs, rows, held_out)
     for spec, run_spec, losses in zip(specs, run_specs, together, strict=True):
         _, (alone,) = train(tiny_model(), [spec], [run_spec], rows, held_out)
@@ -149,12 +171,17 @@ def test_loop_diverging_neighbour_ends_alone_with_a_reason(rows, held_out):
 
 
 def test_loop_same_seed_twice_gives_identical_losses(rows, held_out):
-    first, second = (train(tiny_model(), [adapter_spec(tiny_model(), dropout=0.2)], [SPEC], rows, held_out)[1] for _ in range(2))
+    first, second = (
+        train(tiny_model(), [adapter_spec(tiny_model(), dropout=0.2)], [SPEC], rows, held_out)[1]
+        for _ in range(2)
+    )
     assert first == second
 
 
 def test_loop_partial_last_batch_uses_exactly_the_budget(rows, held_out):
-    runs, (losses,) = train(tiny_model(), [adapter_spec(tiny_model())], [replace(SPEC, num_examples=20)], rows, held_out)
+    runs, (losses,) = train(
+        tiny_model(), [adapter_spec(tiny_model())], [replace(SPEC, num_examples=20)], rows, held_out
+    )
     assert (runs[0].examples, runs[0].steps, len(losses)) == (20, 4, 4)
 
 
@@ -169,7 +196,11 @@ def test_eval_loss_any_batch_size_is_token_weighted(rows, held_out):
     pack = inject(model, [adapter_spec(model)])
     for size in (1, 2, 8):
         trainer = Trainer(
-            pack, RowSource(rows, 0, CPU), RowSource(held_out, 0, CPU), micro_batch_size=2, eval_batch_size=size
+            pack,
+            RowSource(rows, 0, CPU),
+            RowSource(held_out, 0, CPU),
+            micro_batch_size=2,
+            eval_batch_size=size,
         )
         (loss,), (bits,) = trainer.eval_losses([new_run(pack, 0, SPEC)])
         assert loss == pytest.approx(expected_nats / tokens, abs=1e-9)
@@ -179,7 +210,9 @@ def test_eval_loss_any_batch_size_is_token_weighted(rows, held_out):
 def test_full_fine_tuning_equals_plain_adamw(rows, held_out):
     run_spec = replace(SPEC, learning_rate=1e-3, num_examples=30)
     pack = unfreeze(tiny_model(tie_word_embeddings=True))
-    trainer = Trainer(pack, RowSource(rows, 0, CPU), RowSource(held_out, 0, CPU), micro_batch_size=2)
+    trainer = Trainer(
+        pack, RowSource(rows, 0, CPU), RowSource(held_out, 0, CPU), micro_batch_size=2
+    )
     run = new_run(pack, 0, run_spec)
     trainer.run([run], lambda run, evaluation: True)
     model = tiny_model(tie_word_embeddings=True)
@@ -191,14 +224,18 @@ def test_full_fine_tuning_equals_plain_adamw(rows, held_out):
         for row in (rows.example(int(index)) for index in order):
             logits = model(input_ids=torch.tensor(row.input_ids)[None]).logits[0, :-1]
             wanted = torch.tensor(row.loss_mask[1:])
-            nats = nats + F.cross_entropy(logits[wanted], torch.tensor(row.input_ids)[1:][wanted], reduction="sum")
+            nats = nats + F.cross_entropy(
+                logits[wanted], torch.tensor(row.input_ids)[1:][wanted], reduction="sum"
+            )
             tokens += int(wanted.sum())
         (nats / tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(run.slot.parameters[name].detach(), parameter.detach(), atol=1e-9, rtol=0)
+        torch.testing.assert_close(
+            run.slot.parameters[name].detach(), parameter.detach(), atol=1e-9, rtol=0
+        )
 
 
 def test_full_fine_tuning_bf16_is_refused():
@@ -208,7 +245,11 @@ def test_full_fine_tuning_bf16_is_refused():
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
-    [("constant", [0.25, 0.5, 0.75, 1, 1]), ("linear", [0.25, 0.5, 0.75, 1, 1 - 1 / 17]), ("cosine", [0.25, 0.5, 0.75, 1, 0.5 * (1 + math.cos(math.pi / 17))])],
+    [
+        ("constant", [0.25, 0.5, 0.75, 1, 1]),
+        ("linear", [0.25, 0.5, 0.75, 1, 1 - 1 / 17]),
+        ("cosine", [0.25, 0.5, 0.75, 1, 0.5 * (1 + math.cos(math.pi / 17))]),
+    ],
 )
 def test_scheduled_lr_warms_up_then_follows_its_shape(schedule, expected):
     spec = replace(SPEC, learning_rate=1.0, lr_schedule=schedule, warmup=3)

@@ -22,7 +22,10 @@ def documented_functions(source: str) -> Iterator[tuple[str, str]]:
     """(signature and docstring, body) of each function that has both, as they stand in the source."""
     lines = source.splitlines()
     for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or ast.get_docstring(node) is None:
+        if (
+            not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            or ast.get_docstring(node) is None
+        ):
             continue
         if len(node.body) < 2 or node.end_lineno is None:
             continue
@@ -44,7 +47,7 @@ def rows() -> Iterator[dict[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,12 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainers.assets.corpus import seen_files, texts, unseen_files
@@ -79,7 +81,10 @@ def steps(stream: torch.Tensor, num_tokens: int) -> list[tuple[int, torch.Tensor
         starts = torch.arange(0, len(stream) - seq_len - 1, seq_len)
         wanted = int(num_tokens * share) // (seq_len * batch)
         order = torch.cat(
-            [starts[torch.randperm(len(starts), generator=generator)] for _ in range(1 + wanted * batch // len(starts))]
+            [
+                starts[torch.randperm(len(starts), generator=generator)]
+                for _ in range(1 + wanted * batch // len(starts))
+            ]
         )
         plan += [(seq_len, order[i * batch : (i + 1) * batch]) for i in range(wanted)]
     return plan
@@ -98,13 +103,16 @@ def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor, max_windows: in
     model.eval()
     starts = torch.arange(0, len(stream) - 1024, 1024)[:max_windows]
     losses = [
-        model(input_ids=stream[s : s + 1024][None], labels=stream[s : s + 1024][None]).loss.item() for s in starts
+        model(input_ids=stream[s : s + 1024][None], labels=stream[s : s + 1024][None]).loss.item()
+        for s in starts
     ]
     model.train()
     return sum(losses) / len(losses)
 
 
-def save_work(work: Path, step: int, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> None:
+def save_work(
+    work: Path, step: int, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer
+) -> None:
     tensors = {f"model.{n}": p.detach().contiguous() for n, p in model.named_parameters()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optim.{index}.{key}": value.clone() for key, value in state.items()}
@@ -125,12 +133,22 @@ def load_work(work: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimi
         if name.startswith("optim."):
             _, index, key = name.split(".", 2)
             state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
     return int(tensors["step"])
 
 
-def pretrain(model: LlamaForCausalLM, train: torch.Tensor, held_out: torch.Tensor, num_tokens: int, work: Path) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+def pretrain(
+    model: LlamaForCausalLM,
+    train: torch.Tensor,
+    held_out: torch.Tensor,
+    num_tokens: int,
+    work: Path,
+) -> None:
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1
+    )
     plan = steps(train, num_tokens)
     first, began = load_work(work, model, optimizer), time.time()
     for step in range(first, len(plan)):
@@ -144,7 +162,10 @@ def pretrain(model: LlamaForCausalLM, train: torch.Tensor, held_out: torch.Tenso
         optimizer.zero_grad()
         if (step + 1) % 50 == 0:
             speed = (step + 1 - first) * 4096 / (time.time() - began)
-            print(f"step {step + 1}/{len(plan)} loss {loss.item():.3f} {speed:.0f} tokens/s", flush=True)
+            print(
+                f"step {step + 1}/{len(plan)} loss {loss.item():.3f} {speed:.0f} tokens/s",
+                flush=True,
+            )
         if (step + 1) % 200 == 0:
             save_work(work, step + 1, model, optimizer)
             print(f"  held out (16 windows) {held_out_loss(model, held_out, 16):.3f}", flush=True)
@@ -174,7 +195,8 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path, readme: str) 
     from transformers import PreTrainedTokenizerFast
 
     out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(out)
+    cast(nn.Module, model).to(torch.bfloat16)
+    model.save_pretrained(out)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -189,7 +211,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path, readme: str) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("/tmp/tiny-llama-work"))
     parser.add_argument("--tokens", type=int, default=5_000_000, help="tokens of training")
@@ -203,7 +225,9 @@ def main() -> None:
     print(f"{len(train):,} training tokens, {len(held_out):,} held out", flush=True)
     model = LlamaForCausalLM(model_config())
     pretrain(model, train, held_out, args.tokens, args.work)
-    model.to(torch.bfloat16).to(torch.float32)  # the loss of what is saved, not of what was trained
+    cast(nn.Module, model).to(torch.bfloat16).to(
+        torch.float32
+    )  # the loss of what is saved, not of what was trained
     loss = held_out_loss(model, held_out, 400)
     bytes_per_token = sum(len(t.encode()) for t in held_out_text) / len(held_out)
     readme = README.format(

@@ -1,0 +1,150 @@
+"""A whole trial on the shipped base: NF4, checkpoints, resumption, two workers."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from search_spaces.candidate import Candidate
+from trainers.base_model import BaseSpec, load_base, nf4_layer_names, true_num_params
+from trainers.data import DataSpec
+from trainers.paths import TrialPaths, read_json
+from trainers.sft_trainer import TrialSpec, count_tokens, train_trial, validate_capacity
+
+BASE = str(Path(__file__).resolve().parents[2] / "trainers" / "assets" / "tiny-llama")
+CANDIDATE = Candidate(
+    learning_rate=3e-3,
+    lora_rank=4,
+    lora_alpha=32.0,
+    global_batch_size=8,
+    target=("attn", "mlp", "unembed"),
+    lr_schedule="cosine",
+    warmup=2.0,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    dropout=0.1,
+    seed=3,
+)
+
+
+@pytest.fixture
+def data_file(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("TENFOLD_CACHE", str(tmp_path / "cache"))
+    rows = [
+        {"prompt": f"def double_{i}(x):\n", "completion": f"    return {i} * x + {i % 7}\n" * (1 + i % 3)}
+        for i in range(60)
+    ]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def trial(data_file: Path, folder: Path, **changes) -> TrialSpec:
+    spec = TrialSpec(
+        name=folder.name,
+        folder=folder,
+        base=BaseSpec(model=BASE, quantization="none", dtype="fp32"),
+        data=DataSpec(data=str(data_file), model=BASE, seq_len=96, eval=0.2),
+        candidate=CANDIDATE,
+        num_examples=44,
+        eval_every=16,
+        micro_batch_size=4,
+    )
+    return replace(spec, **changes)
+
+
+def numbers(rows) -> list[dict]:
+    """A trial's rows without what no two executions share."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "peak_bytes")} for row in rows]
+
+
+def test_trial_nf4_trains_on_4bit_layers_and_records_every_evaluation(data_file, tmp_path):
+    spec = trial(data_file, tmp_path / "t", base=BaseSpec(model=BASE, quantization="nf4", dtype="fp32"))
+    model = load_base(spec.base)
+    assert len(nf4_layer_names(model)) == 4 * 7
+    assert true_num_params(model) == 2_164_416  # FIELD B08: packed bytes are not parameters
+    result = train_trial(spec, lambda row: True)
+    assert [row["examples"] for row in result.rows] == [0, 16, 32, 44]
+    assert result.status == "finished"
+    assert result.rows[-1]["eval_loss"] < result.rows[0]["eval_loss"] - 0.5
+    paths = TrialPaths(spec.folder)
+    assert read_json(paths.status) == {"status": "finished", "reason": "", "examples": 44, "steps": 6}
+    assert sorted(path.name for path in paths.best.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_trial_resumed_from_its_checkpoint_ends_in_identical_numbers(data_file, tmp_path):
+    whole = train_trial(trial(data_file, tmp_path / "whole"), lambda row: True)
+
+    class Killed(Exception):
+        pass
+
+    def die(row):
+        if row["examples"] == 32:
+            raise Killed
+
+    cut = trial(data_file, tmp_path / "cut")
+    with pytest.raises(Killed):
+        train_trial(cut, lambda row: die(row) is None)
+    resumed = train_trial(cut, lambda row: True)
+    assert numbers(resumed.rows) == numbers(whole.rows)
+    first, second = (
+        (tmp_path / name / "best" / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")
+    )
+    assert first == second
+
+
+def test_trial_diverging_ends_with_a_reason_and_keeps_its_rows(data_file, tmp_path):
+    candidate = replace(CANDIDATE, learning_rate=1e30, max_grad_norm=0.0, warmup=0.0)
+    result = train_trial(trial(data_file, tmp_path / "t", candidate=candidate), lambda row: True)
+    assert result.status == "diverged"
+    assert "nan" in result.reason or "inf" in result.reason
+    assert [row["steps"] for row in result.rows] == [0]
+    assert result.best is None
+
+
+def test_trial_full_fine_tuning_saves_a_model_that_transformers_loads(data_file, tmp_path):
+    candidate = replace(CANDIDATE, full_finetune=True, lora_rank=0, learning_rate=1e-3, dropout=0.0)
+    spec = trial(data_file, tmp_path / "t", candidate=candidate)
+    result = train_trial(spec, lambda row: True)
+    assert result.best is not None
+    loaded = load_base(BaseSpec(model=str(spec.folder / "best"), quantization="none", dtype="fp32"))
+    base = load_base(spec.base)
+    change = (loaded.model.embed_tokens.weight - base.model.embed_tokens.weight).abs().max()
+    assert change > 1e-3
+    assert result.best["eval_loss"] < result.rows[0]["eval_loss"] - 0.5
+
+
+def _work(rank: int, world_size: int, spec: TrialSpec, port: int) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
+    )
+    train_trial(spec, lambda row: True)
+    dist.destroy_process_group()
+
+
+def test_trial_on_two_workers_equals_one(data_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    base = BaseSpec(model=BASE, quantization="none", dtype="fp64")
+    one = train_trial(trial(data_file, tmp_path / "one", base=base), lambda row: True)
+    two = trial(data_file, tmp_path / "two", base=base, micro_batch_size=2)
+    mp.spawn(_work, args=(2, two, 29611), nprocs=2)
+    rows = [json.loads(line) for line in (two.folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == len(one.rows) == 4
+    for row, expected in zip(rows, one.rows, strict=True):
+        assert row["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-9)
+        assert row["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-9)
+
+
+def test_doctrine_snippet_runs_as_written(data_file, monkeypatch, capsys):
+    tokens = count_tokens(str(data_file))
+    result = validate_capacity(rank=64, hidden_dim=4096, num_layers=32, dataset_tokens=tokens)
+    assert result["status"] == "OK"
+    big = validate_capacity(rank=64, hidden_dim=4096, num_layers=32, dataset_tokens=10**9)
+    assert (big["status"], big["suggested_rank"]) == ("UNDERCAPACITY", 191)
+    assert "shipped tokenizer" in capsys.readouterr().err
