@@ -1,0 +1,154 @@
+"""`tenfold sweep` for real: local Ray, NF4 on the shipped base. Each starts the command as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+
+from trainers.base_model import BaseSpec, load_base
+from trainers.data import DataSpec, prepare_data
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = ROOT / "trainers" / "assets" / "tiny-llama"
+FUNCTIONS = ROOT / "trainers" / "assets" / "demo" / "functions.jsonl"
+SHARED = ROOT.parent / "shared" / "data"
+
+pytestmark = pytest.mark.ray
+
+
+def sweep(folder: Path, **config) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Runs `tenfold sweep` in a folder; returns the run's folder and the finished process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"model": str(BASE), "data": str(FUNCTIONS), "name": "run", "global_batch_size": 16} | config
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "orchestration.cli", "sweep", "sweep.yaml"]
+    environment = os.environ | {"TENFOLD_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=800)
+    return folder / "runs" / "run", done
+
+
+def statuses(run: Path) -> dict[str, dict]:
+    return {path.parent.name: json.loads(path.read_text()) for path in run.glob("trials/*/status.json")}
+
+
+def rows(trial: Path) -> list[dict]:
+    return [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
+
+
+def loss_by_peft(run: Path, spec: DataSpec) -> float:
+    """eval_loss of best/, computed by PEFT on a freshly quantized base, row by row."""
+    model = PeftModel.from_pretrained(load_base(BaseSpec(model=str(BASE), dtype="fp32")), str(run / "best"))
+    held_out = prepare_data(spec).eval
+    nats = tokens = 0.0
+    with torch.no_grad():
+        for example in map(held_out.example, range(len(held_out))):
+            ids = torch.tensor(example.input_ids.tolist())
+            loss = torch.tensor(example.loss_mask.tolist(), dtype=torch.bool)[1:]
+            log_p = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+            nats -= log_p.gather(1, ids[1:, None])[:, 0][loss].sum().item()
+            tokens += loss.sum().item()
+    return nats / tokens
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_sweep_prunes_trains_keeps_the_diverged_and_hands_back_the_best(tmp_path, monkeypatch):
+    run, done = sweep(
+        tmp_path, lora_rank=[1, 4], learning_rate=[3e-3, 1e30], max_grad_norm=0, examples=96, scheduler="fifo"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ended = {name[:2] + name.split("-")[1]: status for name, status in statuses(run).items()}
+    assert {key: status["status"] for key, status in ended.items()} == {"r4lr3.0e": "finished", "r4lr1.0e+30": "diverged"}
+    assert "nan" in ended["r4lr1.0e+30"]["reason"] or "inf" in ended["r4lr1.0e+30"]["reason"]
+    plan = json.loads((run / "plan.json").read_text())
+    assert [item["candidate"]["lora_rank"] for item in plan["discarded"]] == [1, 1]
+    assert len(list((run / "trials").iterdir())) == 2  # a discarded candidate never was a trial
+    best = min((row for row in rows(next((run / "trials").glob("r4-lr3*"))) if row["steps"]), key=lambda r: r["eval_loss"])
+    monkeypatch.setenv("TENFOLD_CACHE", str(tmp_path / "cache"))
+    spec = DataSpec(data=str(FUNCTIONS), model=str(BASE))
+    assert loss_by_peft(run, spec) == pytest.approx(best["eval_loss"], abs=1e-3)
+    for text in ("report.html", "best adapter", "4 candidates planned, 2 discarded"):
+        assert text in done.stdout
+    assert (run / "report.html").stat().st_size > 1_000_000  # plotly is inside it
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
+
+
+@pytest.mark.slow
+def test_sweep_two_workers_equal_one(tmp_path):
+    config = {"lora_rank": 4, "learning_rate": 3e-3, "examples": 64, "quantization": "none", "dtype": "fp32"}
+    losses = []
+    for count in (1, 2):
+        run, done = sweep(tmp_path / str(count), workers_per_trial=count, **config)
+        assert done.returncode == 0, done.stdout + done.stderr
+        losses.append([row["eval_loss"] for row in rows(next((run / "trials").iterdir()))])
+    assert len(losses[0]) == 5
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gsm8k/test.jsonl", "chat/alpaca_en_demo.json"])
+def test_sweep_of_real_files_runs_through(tmp_path, name):
+    if not (SHARED / name).exists():
+        pytest.skip(f"needs ../shared/data/{name}")
+    run, done = sweep(tmp_path, data=str(SHARED / name), learning_rate=3e-3, lora_rank=16, examples=32)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (status,) = statuses(run).values()
+    assert (status["status"], status["examples"]) == ("finished", 32)
+
+
+@pytest.mark.slow
+def test_sweep_worker_killed_goes_on_and_ends_in_the_same_numbers(tmp_path):
+    config = {"lora_rank": 4, "learning_rate": 3e-3, "examples": 160, "eval_every": 32}
+    run, done = sweep(tmp_path / "whole", **config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = [row["eval_loss"] for row in rows(next((run / "trials").iterdir()))]
+    folder = tmp_path / "killed"
+    killer = subprocess.Popen([sys.executable, "-c", KILLER, str(folder)])
+    run, done = sweep(folder, **config)
+    assert killer.wait(timeout=60) == 0, "no worker was killed"
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row["eval_loss"] for row in rows(next((run / "trials").iterdir()))] == expected
+
+
+# Waits for the first checkpoint of a trial, then kills the process that has the trial's folder as the
+# working place of its Train worker.
+KILLER = """
+import os, signal, sys, time, psutil
+from pathlib import Path
+folder, deadline = Path(sys.argv[1]), time.time() + 300
+while time.time() < deadline:
+    if list(folder.glob("runs/run/trials/*/checkpoint/trainer_state.json")):
+        for process in psutil.process_iter(["pid", "cmdline"]):
+            if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+                os.kill(process.info["pid"], signal.SIGKILL)
+                sys.exit(0)
+    time.sleep(0.2)
+sys.exit(1)
+"""
+
+
+@pytest.mark.slow
+def test_sweep_stopped_trials_leave_nothing_behind_and_keep_their_scores(tmp_path):
+    run, done = sweep(
+        tmp_path,
+        lora_rank=4,
+        learning_rate=[1e-6, 1e-2, 1e-6 * 2, 4e-6],
+        examples=160,
+        eval_every=32,
+        reduction_factor=2,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = statuses(run)
+    assert {status["status"] for status in found.values()} == {"finished", "stopped"}
+    for name, status in found.items():
+        if status["status"] == "stopped":
+            assert status["examples"] < 160
+            assert (run / "trials" / name / "best" / "adapter_model.safetensors").exists()
+    results = [name for name, status in found.items() if status["status"] == "finished"]
+    assert any(name.startswith("r4-lr1.0e-02") for name in results)
