@@ -1,5 +1,6 @@
 """The report's pictures, as plotly figures."""
 
+import math
 from typing import Any
 
 import plotly.graph_objects as go
@@ -130,5 +131,6 @@ def capacity_chart(plan: dict[str, Any]) -> go.Figure:
         y=plan["dataset_bits"], line={"dash": "dash", "color": GREY}, annotation_text="dataset bits"
     )
     figure = _layout(figure, "Capacity: adapter bits against dataset bits", "", "bits")
-    figure.update_yaxes(type="log")
+    bits = [bar[0] for bar in bars.values()] + [max(plan["dataset_bits"], 1)]
+    figure.update_yaxes(type="log", range=[math.log10(min(bits) / 2), math.log10(max(bits) * 1.5)])
     return figure

@@ -62,9 +62,9 @@ def model_shape(model: str, revision: str | None = None) -> ModelShape:
     try:
         return ModelShape.from_config(path)
     except UnknownArchitectureError:
-        from trainers.meta_shape import shape_of_meta_model  # needs torch and transformers
+        from trainers.meta_shape import shape_of_folder  # needs torch and transformers
 
-        return shape_of_meta_model(path)
+        return shape_of_folder(path.parent if path.name == "config.json" else path)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
 

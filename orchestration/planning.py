@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.placement import split_global_batch
 from orchestration.config import SweepConfig, space_overrides
@@ -18,7 +18,9 @@ from search_spaces.capacity import check_capacity
 from search_spaces.domains import SearchSpace
 from search_spaces.pruner import Discarded, PruneResult, cut_rank_domain, prune
 from search_spaces.space import DatasetFacts, build_space
-from trainers.data import Audit, DataSpec, cached_audit, prepare_data
+
+if TYPE_CHECKING:
+    from trainers.data import Audit, DataSpec
 
 DEFAULT_SEQ_LEN = 1024
 DEFAULT_MICRO_BATCH_SIZE = 8
@@ -43,8 +45,8 @@ class Plan:
     name: str
     config: SweepConfig
     shape: ModelShape
-    data_spec: DataSpec | None
-    audit: Audit | None
+    data_spec: "DataSpec | None"
+    audit: "Audit | None"
     dataset_tokens: int
     dataset_bits: int
     space: SearchSpace
@@ -102,8 +104,10 @@ def make_plan(config: SweepConfig) -> Plan:
     )
 
 
-def make_data_spec(config: SweepConfig, shape: ModelShape) -> DataSpec:
+def make_data_spec(config: SweepConfig, shape: ModelShape) -> "DataSpec":
     """The data half of a config. seq_len defaults to the model's context, at most 1024."""
+    from trainers.data import DataSpec  # a plan from a token count reads no data
+
     context = shape.max_position_embeddings
     seq_len = config.seq_len or min(context or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
     if context is not None and seq_len > context:
@@ -124,8 +128,10 @@ def make_data_spec(config: SweepConfig, shape: ModelShape) -> DataSpec:
     )
 
 
-def audit_of(spec: DataSpec) -> Audit:
+def audit_of(spec: "DataSpec") -> "Audit":
     """The data's audit, from the cache where the data was counted before."""
+    from trainers.data import cached_audit, prepare_data
+
     return cached_audit(spec) or prepare_data(spec).audit
 
 
@@ -141,7 +147,7 @@ def candidates(
     return islice(grid_candidates(space), config.num_candidates)
 
 
-def make_budget(config: SweepConfig, audit: Audit) -> Budget:
+def make_budget(config: SweepConfig, audit: "Audit") -> Budget:
     """Examples of a trial, of its evaluations and of its grace period.
 
     Raises:

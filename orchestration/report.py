@@ -29,7 +29,8 @@ th, td { text-align: left; padding: 6px 10px; border-bottom: 1px solid var(--lin
 th { color: var(--muted); font-weight: 600; white-space: nowrap; }
 td.num, th.num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr.chosen td { background: var(--card); font-weight: 600; }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; overflow-x: auto; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: 12px 16px; overflow-x: auto; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 12px; }
 .chart { min-width: 0; overflow: hidden; border: 1px solid var(--line); border-radius: 8px; padding: 6px; }
 .wide { grid-column: 1 / -1; }
@@ -102,7 +103,8 @@ def _header(
         f"{html.escape(str(model['name']))}, {model['num_params'] / 1e6:,.1f}M parameters, "
         f"method {html.escape(plan['method'])}"
     )
-    return f'<h1>{html.escape(name)}</h1><p class="muted">{intro}</p>{_verdict(records, best)}<div class="tiles">{boxes}</div>'
+    head = f'<h1>{html.escape(name)}</h1><p class="muted">{intro}</p>'
+    return f'{head}{_verdict(records, best)}<div class="tiles">{boxes}</div>'
 
 
 def _verdict(records: list[TrialRecord], best: TrialRecord | None) -> str:

@@ -2,12 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 Quantization = Literal["nf4", "none"]
@@ -104,9 +108,8 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def meta_model(model: str | Path, revision: str | None = None) -> PreTrainedModel:
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The architecture without weights, on the meta device: names and true shapes."""
-    config = AutoConfig.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 class Batch:
     """One micro-batch on the device.
 
-    rows_B: which row of the set each is, -1 for padding. ids_BT: token ids, right-padded. loss_BT: whether position t's token is predicted and counted
-    (never at t = 0). No attention mask: the model is causal and padding stands to the right, so a
-    real token never sees it, and the loss never reads a padded position.
+    rows_B: which row of the set each is, -1 for padding. ids_BT: token ids, right-padded. loss_BT:
+    whether position t's token is predicted and counted (never at t = 0). No attention mask: the
+    model is causal and padding stands to the right, so a real token never sees it, and the loss
+    never reads a padded position.
     """
 
     rows_B: torch.Tensor

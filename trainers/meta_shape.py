@@ -5,33 +5,46 @@ from pathlib import Path
 from typing import cast
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from search_spaces.architecture import LinearShape, ModelShape
+from search_spaces.architecture import LinearShape, ModelShape, UnknownArchitectureError
 from trainers.adapters import layer_features
 from trainers.base_model import meta_model
 
 ATTENTION_WORDS, MLP_WORDS = ("attn", "attention"), ("mlp", "ffn", "feed_forward", "fc1", "fc2")
 
 
-def shape_of_meta_model(config: Path) -> ModelShape:
-    """Builds the model without weights and lists its linears: attention and MLP by the names of the
-    modules they stand in, the head as transformers names it. Routers, vision towers and anything
-    that is neither are left out, never guessed.
+def shape_of_folder(folder: Path) -> ModelShape:
+    """The shape of the model whose config.json stands in a folder.
 
     Raises:
         ValueError: transformers cannot build it, or no attention layer was recognised.
     """
     try:
-        model = meta_model(config.parent if config.name == "config.json" else config)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
-        raise ValueError(
-            f"{config}: transformers cannot build this model: {str(error).splitlines()[0]}"
-        ) from error
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder}: transformers cannot build this model: {first}") from error
+    return shape_of_config(config)
+
+
+def shape_of_config(config: PretrainedConfig) -> ModelShape:
+    """The shape that search_spaces reads from a config; of an architecture that it does not know, of
+    the model built without weights: attention and MLP by the names of the modules that its linears
+    stand in, the head as transformers names it. Routers, vision towers and anything that is neither
+    are left out, never guessed.
+
+    Raises:
+        ValueError: no attention layer was recognised.
+    """
+    try:
+        return ModelShape.from_config(config.to_dict())
+    except UnknownArchitectureError:
+        model = meta_model(config)
     linears = _linears(model)
     if not any(linear.component == "attn" for linear in linears):
-        raise ValueError(f"{config}: no attention layer was recognised in {type(model).__name__}")
+        raise ValueError(f"no attention layer was recognised in {type(model).__name__}")
     text = model.config.get_text_config()
     embedding = cast(nn.Embedding, model.get_input_embeddings())
     tied = bool(getattr(text, "tie_word_embeddings", False))

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 
-from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate
 from search_spaces.capacity import validate_capacity
 from trainers.adapters import AdapterSpec, Pack, inject
@@ -21,6 +20,7 @@ from trainers.comm import Comm
 from trainers.data import DataSpec, PreparedData, count_tokens, prepare_data
 from trainers.full import unfreeze
 from trainers.loop import Evaluation, Run, RunSpec, Trainer, new_run
+from trainers.meta_shape import shape_of_config
 from trainers.paths import TrialPaths, read_json_lines, write_json, write_json_lines
 from trainers.tokenizer import load_tokenizer
 
@@ -134,7 +134,7 @@ def _build_pack(spec: TrialSpec) -> tuple[Pack, torch.device]:
     model = load_base(spec.base)
     if spec.candidate.full_finetune:
         return unfreeze(model), model.device
-    shape = ModelShape.from_config(model.config.to_dict())
+    shape = shape_of_config(model.config)
     adapter = AdapterSpec(
         lora_rank=spec.candidate.lora_rank,
         lora_alpha=spec.candidate.lora_alpha,

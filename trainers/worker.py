@@ -3,6 +3,8 @@
 from typing import Any
 
 import ray.train
+import ray.train.torch
+import torch
 
 from trainers.sft_trainer import TrialSpec, train_trial
 
@@ -14,6 +16,8 @@ scheduler ranks it last. It never reaches the results: those are read from the t
 def train_worker(config: dict[str, Any]) -> dict[str, str]:
     """Runs on every worker of the group. Each evaluation is one report; the row of the untouched
     base (0 examples) is not reported, as no scheduler may judge it."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ray.train.torch.get_device())
     spec = TrialSpec.from_dict(config["trial"])
 
     def report(row: dict[str, Any]) -> bool:

@@ -1,0 +1,143 @@
+"""report.html from a run's files, opened in headless Chromium."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from orchestration.report import write_report
+from trainers.paths import RunPaths, write_json, write_json_lines
+
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+
+
+def candidate(learning_rate: float, lora_rank: int = 4) -> dict:
+    return {
+        "learning_rate": learning_rate,
+        "lora_rank": lora_rank,
+        "lora_alpha": 32.0,
+        "global_batch_size": 16,
+        "target": ["attn", "mlp"],
+    }
+
+
+def row(examples: int, eval_loss: float) -> dict:
+    return {
+        "examples": examples,
+        "steps": examples // 16,
+        "eval_loss": eval_loss,
+        "eval_bits_per_byte": eval_loss / 2,
+        "seconds": examples / 10,
+    }
+
+
+@pytest.fixture
+def run(tmp_path) -> RunPaths:
+    run = RunPaths(tmp_path / "a<b>&c")
+    trials = {
+        "good": (candidate(1e-3), "finished", "", [row(0, 3.0), row(32, 2.5), row(64, 2.25)]),
+        "worse": (
+            candidate(1e-4),
+            "stopped",
+            "stopped by its scheduler",
+            [row(0, 3.0), row(32, 2.9)],
+        ),
+        "wild": (
+            candidate(1e-1),
+            "diverged",
+            "train_loss nan at step 3",
+            [row(0, 3.0), row(32, 1.0)],
+        ),
+        "dead": (candidate(1e-2), "failed", "ValueError: <script>alert(1)</script>", []),
+    }
+    for name, (values, status, reason, rows) in trials.items():
+        paths = run.trial(name)
+        write_json(paths.config, {"candidate": values})
+        write_json(paths.status, {"status": status, "reason": reason, "examples": 0, "steps": 0})
+        write_json_lines(paths.metrics, rows)
+    write_json(
+        run.resolved, {"config": {"model": "m", "data": "d"}, "versions": {"torch": "2.13.0"}}
+    )
+    write_json(run.plan, plan())
+    return run
+
+
+def plan() -> dict:
+    small = {
+        "candidate": candidate(1e-3, 1),
+        "adapter_bits": 20_000,
+        "rule": "capacity",
+        "reason": "rank 1 is too small",
+    }
+    return {
+        "method": "sft",
+        "model": {"name": "m", "num_params": 2_000_000},
+        "dataset_bits": 50_000,
+        "data": None,
+        "defaults": [{"key": "lora_alpha", "value": "32", "source": "LoRA Without Regret"}],
+        "candidates": [{"candidate": candidate(1e-3), "adapter_bits": 80_000}],
+        "discarded": [small],
+        "pitfalls": [{"symptom": "slow", "evidence": "10 steps", "fix": "more epochs"}],
+    }
+
+
+def test_write_report_names_the_best_the_failed_and_the_discarded(run):
+    write_report(run)
+    text = run.report.read_text()
+    assert "Best: lora_rank 4, learning_rate 1.00e-03" in text
+    for part in (
+        "2.2500",
+        "train_loss nan at step 3",
+        "rank 1 is too small",
+        "10 steps",
+        "lora_alpha",
+    ):
+        assert part in text
+    assert "<script>alert(1)" not in text  # a reason is text, not markup
+    markup = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.search(r"""(src|href)=["']https?://""", markup)  # self-contained
+    assert "<script src" not in text
+
+
+def test_write_report_without_a_usable_trial_says_so(run):
+    for name in ("good", "worse"):
+        write_json(
+            run.trial(name).status,
+            {"status": "diverged", "reason": "inf", "examples": 0, "steps": 0},
+        )
+    write_report(run)
+    assert "No trial ended with a usable score" in run.report.read_text()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("dark", [False, True])
+def test_write_report_in_chromium_draws_every_chart_without_an_error(run, tmp_path, dark):
+    write_report(run)
+    command = [
+        str(CHROMIUM),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-sync",
+    ]
+    command += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={tmp_path / 'chrome'}",
+    ]
+    command += ["--enable-logging=stderr", "--virtual-time-budget=8000", "--dump-dom"]
+    command += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    done = subprocess.run(
+        [*command, Path(run.report).as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert len(re.findall(r'<svg class="main-svg"', done.stdout)) >= 3  # one or more per chart
+    assert done.stdout.count('class="point"') >= 2  # two bars and the markers
+    # LR chart: rank 4, diverged. Curves: all but the trial that failed before its first row.
+    assert len(re.findall(r'class="trace scatter', done.stdout)) == 2 + 3
