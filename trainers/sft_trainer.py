@@ -183,7 +183,8 @@ class _Recorder:
 
     def __call__(self, run: Run, evaluation: Evaluation) -> bool:
         row = asdict(evaluation)
-        self.rows.append(row)
+        # A worker that died right after its first checkpoint evaluates the base once more.
+        self.rows = [*(old for old in self.rows if old["examples"] < row["examples"]), row]
         if self.writes:
             self._write(run, row)
         return self.report(row)

@@ -116,8 +116,7 @@ def test_sweep_worker_killed_goes_on_and_ends_in_the_same_numbers(tmp_path):
     assert [row["eval_loss"] for row in rows(next((run / "trials").iterdir()))] == expected
 
 
-# Waits for the first checkpoint of a trial, then kills the process that has the trial's folder as the
-# working place of its Train worker.
+# Waits for the first checkpoint of a trial, then kills a Train worker.
 KILLER = """
 import os, signal, sys, time, psutil
 from pathlib import Path
@@ -125,7 +124,7 @@ folder, deadline = Path(sys.argv[1]), time.time() + 300
 while time.time() < deadline:
     if list(folder.glob("runs/run/trials/*/checkpoint/trainer_state.json")):
         for process in psutil.process_iter(["pid", "cmdline"]):
-            if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+            if " ".join(process.info["cmdline"] or []).startswith("ray::RayTrainWorker"):
                 os.kill(process.info["pid"], signal.SIGKILL)
                 sys.exit(0)
     time.sleep(0.2)

@@ -78,14 +78,15 @@ def test_trial_nf4_trains_on_4bit_layers_and_records_every_evaluation(data_file,
     ]
 
 
-def test_trial_resumed_from_its_checkpoint_ends_in_identical_numbers(data_file, tmp_path):
+@pytest.mark.parametrize("killed_at", [0, 32])
+def test_trial_resumed_from_its_checkpoint_ends_in_identical_numbers(data_file, tmp_path, killed_at):
     whole = train_trial(trial(data_file, tmp_path / "whole"), lambda row: True)
 
     class Killed(Exception):
         pass
 
     def die(row):
-        if row["examples"] == 32:
+        if row["examples"] == killed_at:
             raise Killed
 
     cut = trial(data_file, tmp_path / "cut")
