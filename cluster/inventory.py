@@ -32,8 +32,13 @@ def local_inventory() -> Inventory:
 
 def _local_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    if visible is None:
+        return _listed_gpus()
+    num_visible = len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    return min(num_visible, _listed_gpus()) if num_visible else 0
+
+
+def _listed_gpus() -> int:
     try:
         listing = subprocess.run(
             ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True

@@ -2,11 +2,23 @@
 
 import difflib
 import math
+import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from search_spaces.values import parse_domain, parse_targets
 
 
 class ConfigError(ValueError):
@@ -25,6 +37,9 @@ class LogRange(BaseModel):
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction01 = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+COUNTS = ("lora_rank", "global_batch_size", "examples", "seed", "dataset_tokens")
+EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")
+FOLDER_NAME = re.compile(r"^\w[\w.+-]*$")
 
 
 class SweepConfig(BaseModel):
@@ -50,7 +65,7 @@ class SweepConfig(BaseModel):
     """Hub revision of the data."""
     bad_rows: Literal["error", "drop"] = "error"
     """Rows that cannot be used stop the sweep, or are left out and counted."""
-    dataset_tokens: int | None = None
+    dataset_tokens: PositiveInt | None = None
     """Loss-bearing tokens of one epoch, instead of data."""
     method: Literal["sft", "rl"] = "sft"
     """Supervised fine-tuning, or reinforcement learning (plan only)."""
@@ -119,26 +134,35 @@ class SweepConfig(BaseModel):
     def _one_tracker(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
-    @field_validator("dataset_tokens", mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _whole_number(cls, value: Any) -> Any:
-        # 2.0e9 is how people write it; YAML makes it a float.
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
+    def _checked(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would take `yes` for 1, and report one problem per alternative of a union.
+        key = str(info.field_name)
+        if isinstance(value, bool):
+            raise ValueError(f"{key} must not be true or false, got {value}")
+        if key in COUNTS:
+            value = _whole(value)
+        if value is not None and key == "target":
+            parse_targets(value)
+        elif value is not None and key in SPACE_KEYS:
+            parse_domain(key, value)
         return value
 
-    @field_validator("dataset_tokens")
+    @field_validator("name")
     @classmethod
-    def _positive(cls, value: int | None) -> int | None:
-        if value is not None and value < 1:
-            raise ValueError("must be >= 1")
+    def _folder_name(cls, value: str | None) -> str | None:
+        if value is not None and not FOLDER_NAME.match(value):
+            raise ValueError(
+                f"name must be a folder name (letters, digits, . _ + -; no path), got {value!r}"
+            )
         return value
 
     @model_validator(mode="after")
     def _consistent(self) -> "SweepConfig":
-        if self.data is None and self.dataset_tokens is None:
+        if (self.data is None) == (self.dataset_tokens is None):
             raise ValueError(
-                "give data (a file, folder or hub id), or dataset_tokens for plan alone"
+                "give data (a file, folder or hub id), or instead dataset_tokens for plan alone"
             )
         if self.epochs is not None and self.examples is not None:
             raise ValueError("give epochs or examples, not both")
@@ -162,6 +186,13 @@ SPACE_KEYS = (
     "epochs",
     "examples",
 )
+
+
+def _whole(value: Any) -> Any:
+    """2.0e9 is how people write a count; YAML makes it a float."""
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def space_overrides(config: SweepConfig) -> dict[str, Any]:
@@ -222,9 +253,13 @@ def _problems(error: ValidationError, where: str) -> list[str]:
     lines: dict[str, str] = {}
     for item in error.errors(include_url=False):
         key = str(item["loc"][0]) if item["loc"] else ""
-        message = item["msg"].removeprefix("Value error, ")
-        got = f", got {item['input']!r}" if item["loc"] else ""
-        lines.setdefault(key, f"{where}: {key + ': ' if key else ''}{message}{got}")
+        if item["type"] == "value_error":
+            text = str(item["ctx"]["error"])  # ours, complete
+        else:
+            text = f"{key}: {item['msg']}" + (
+                "" if item["type"] == "missing" else f", got {item['input']!r}"
+            )
+        lines.setdefault(key, f"{where}: {text}")
     return list(lines.values())
 
 
@@ -235,6 +270,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, Hashable):
+                continue  # the base class says so
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"duplicate key {key!r}", key_node.start_mark
@@ -251,14 +288,8 @@ class _Loader(yaml.SafeLoader):
         return value
 
 
-def _regular_expression() -> Any:
-    import re
-
-    return re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")
-
-
 _Loader.add_constructor("!exponent", _Loader.construct_number)
-_Loader.add_implicit_resolver("!exponent", _regular_expression(), list("-+0123456789"))
+_Loader.add_implicit_resolver("!exponent", EXPONENT, list("-+0123456789"))
 
 
 def _yaml_message(error: Exception) -> str:

@@ -1,6 +1,5 @@
 """From what a user writes after `model:` to a shape, without loading the model."""
 
-import json
 from pathlib import Path
 
 from search_spaces.architecture import ModelShape, UnknownArchitectureError
@@ -65,22 +64,20 @@ def model_shape(model: str, revision: str | None = None) -> ModelShape:
         from trainers.meta_shape import shape_of_folder  # needs torch and transformers
 
         return shape_of_folder(path.parent if path.name == "config.json" else path)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
 
 
 def require_weights(model: str) -> None:
     """A sweep needs more than a config.json.
 
     Raises:
-        ValueError: a local folder without safetensors, or a bare config file.
+        ValueError: a local folder without config.json or safetensors, or a bare config file.
     """
     path = Path(model).expanduser()
     if path.is_file():
         raise ValueError(
             f"model {model}: a sweep needs a folder with weights, this is a file (plan can use it)"
         )
-    if path.is_dir() and not list(path.glob("*.safetensors")):
+    if path.is_dir() and not list(config_path(model).parent.glob("*.safetensors")):
         raise ValueError(f"model {model}: the folder must hold *.safetensors weights, it has none")
 
 

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from search_spaces import doctrine, pitfalls
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate, grid_candidates, random_candidates, trial_name
 from search_spaces.capacity import check_capacity
-from search_spaces.domains import SearchSpace
+from search_spaces.domains import SearchSpace, TargetDomain
 from search_spaces.pruner import Discarded, PruneResult, cut_rank_domain, prune
 from search_spaces.space import DatasetFacts, build_space
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from trainers.data import Audit, DataSpec
 
 DEFAULT_SEQ_LEN = 1024
+DATA_SUFFIX = r"(?i)\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz)?$"
 DEFAULT_MICRO_BATCH_SIZE = 8
 EVALUATIONS_PER_TRIAL = 4
 """Evaluations of a trial, and so the points at which a scheduler can stop it; the grace period ends
@@ -40,7 +42,8 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A resolved sweep. budget and audit are None where only dataset_tokens was given."""
+    """A resolved sweep. budget and audit are None where only dataset_tokens was given; domains is
+    what capacity left of the ranks before a random search drew, empty for a grid."""
 
     name: str
     config: SweepConfig
@@ -51,6 +54,7 @@ class Plan:
     dataset_bits: int
     space: SearchSpace
     pruned: PruneResult
+    domains: tuple[TargetDomain, ...]
     pitfalls: tuple[pitfalls.Pitfall, ...]
     budget: Budget | None
 
@@ -64,7 +68,7 @@ def make_plan(config: SweepConfig) -> Plan:
     """
     shape = model_shape(config.model, config.revision)
     data_spec = make_data_spec(config, shape) if config.data else None
-    audit = audit_of(data_spec) if data_spec and config.dataset_tokens is None else None
+    audit = audit_of(data_spec) if data_spec else None
     tokens = audit.num_train_loss_tokens if audit else config.dataset_tokens or 0
     per_token = None if config.capacity == "doctrine" else config.capacity
     rows = audit.num_train_rows if audit else None
@@ -78,7 +82,8 @@ def make_plan(config: SweepConfig) -> Plan:
         full_ft_learning_rate=config.full_ft_learning_rate,
         size_class=config.size_class,
     )
-    proposed = candidates(space, config, shape, facts.bits)
+    domains = rank_domains(space, config, shape, facts.bits)
+    proposed = candidates(space, config, domains)
     pruned = prune(proposed, shape, facts.bits, policy=config.capacity_policy)
     for candidate in pruned.admitted:
         split_global_batch(candidate.global_batch_size, config.workers_per_trial, 1)
@@ -99,6 +104,7 @@ def make_plan(config: SweepConfig) -> Plan:
         dataset_bits=facts.bits,
         space=space,
         pruned=pruned,
+        domains=domains or (),
         pitfalls=tuple(found),
         budget=make_budget(config, audit) if audit else None,
     )
@@ -135,14 +141,21 @@ def audit_of(spec: "DataSpec") -> "Audit":
     return cached_audit(spec) or prepare_data(spec).audit
 
 
-def candidates(
+def rank_domains(
     space: SearchSpace, config: SweepConfig, shape: ModelShape, bits: int
+) -> tuple[TargetDomain, ...] | None:
+    """What capacity leaves of the ranks for a random search, so that no draw is wasted; None for a
+    grid, whose every candidate is judged."""
+    if config.search == "grid":
+        return None
+    return cut_rank_domain(space, shape, bits, config.capacity_policy)
+
+
+def candidates(
+    space: SearchSpace, config: SweepConfig, domains: tuple[TargetDomain, ...] | None
 ) -> Iterator[Candidate]:
-    """The candidates that the search proposes, in the order in which they would start. Random points
-    are drawn from what capacity leaves of the rank domain, so that none of them is wasted."""
+    """The candidates that the search proposes, in the order in which they would start."""
     if config.search == "random":
-        cut = config.capacity_policy == "discard"
-        domains = cut_rank_domain(space, shape, bits) if cut else None
         return random_candidates(space, config.num_candidates or 0, config.seed, domains)
     return islice(grid_candidates(space), config.num_candidates)
 
@@ -153,7 +166,9 @@ def make_budget(config: SweepConfig, audit: "Audit") -> Budget:
     Raises:
         ValueError: a grace period beyond the budget.
     """
-    num_examples = config.examples or math.ceil((config.epochs or 1) * audit.num_train_rows)
+    num_examples = config.examples or math.ceil(
+        Fraction(str(config.epochs or 1)) * audit.num_train_rows  # 1.1 as written, not as a float
+    )
     eval_every = min(
         config.eval_every or math.ceil(num_examples / EVALUATIONS_PER_TRIAL), num_examples
     )
@@ -167,7 +182,11 @@ def make_budget(config: SweepConfig, audit: "Audit") -> Budget:
 
 def default_name(config: SweepConfig) -> str:
     """A folder name from model and data."""
-    parts = [Path(config.model).stem, Path(config.data).stem if config.data else "plan"]
+    # Not Path.stem: the .1-8B of Llama-3.1-8B is no suffix.
+    path = Path(config.model)
+    model = (path.parent if path.name == "config.json" else path).name.removesuffix(".json")
+    data = re.sub(DATA_SUFFIX, "", Path(config.data).name) if config.data else "plan"
+    parts = [model, data]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.")
 
 
@@ -195,6 +214,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "defaults": [note._asdict() for note in plan.space.notes],
         "budget": asdict(plan.budget) if plan.budget else None,
         "seq_len": plan.data_spec.seq_len if plan.data_spec else None,
+        "cut_ranks": [_cut_dict(domain) for domain in plan.domains if domain.cut_lora_ranks],
         "candidates": [_candidate_dict(plan, candidate) for candidate in plan.pruned.admitted],
         "discarded": [_discarded_dict(plan, item) for item in plan.pruned.discarded],
         "advised": [_discarded_dict(plan, item) for item in plan.pruned.advised],
@@ -210,6 +230,14 @@ def _candidate_dict(plan: Plan, candidate: Candidate) -> dict[str, Any]:
         "steps": math.ceil(plan.budget.num_examples / candidate.global_batch_size)
         if plan.budget
         else None,
+    }
+
+
+def _cut_dict(domain: TargetDomain) -> dict[str, Any]:
+    return {
+        "target": list(domain.target),
+        "lora_ranks": list(domain.cut_lora_ranks),
+        "sufficient_rank": domain.sufficient_rank,
     }
 
 

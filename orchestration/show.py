@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from orchestration.results import TrialRecord
@@ -38,7 +39,7 @@ def show_plan(plan: dict[str, Any]) -> None:
         else ""
     )
     console.print(
-        f"[bold]{plan['name']}[/]: {model['name']} ({model['model_type']}, {model['num_params']:,} parameters, "
+        f"[bold]{plan['name']}[/]: {escape(model['name'])} ({model['model_type']}, {model['num_params']:,} parameters, "
         f"hidden {model['hidden_size']}, {model['num_layers']} layers{experts}), {plan['method']}"
     )
     if plan["data"]:
@@ -58,7 +59,7 @@ def show_plan(plan: dict[str, Any]) -> None:
 
 
 def _show_data(console: Console, data: dict[str, Any]) -> None:
-    table = Table(title=f"data: {data['data']}", show_header=False, title_justify="left")
+    table = Table(title=escape(f"data: {data['data']}"), show_header=False, title_justify="left")
     shown = {
         key: value
         for key, value in data.items()
@@ -76,7 +77,7 @@ def _show_data(console: Console, data: dict[str, Any]) -> None:
             text = ", ".join(f"{name}: {count:,}" for name, count in value.items())
         elif isinstance(value, list):
             text = "\n".join(map(str, value))
-        table.add_row(key.replace("_", " "), text)
+        table.add_row(key.replace("_", " "), escape(text))
     console.print(table)
 
 
@@ -85,7 +86,7 @@ def _show_defaults(console: Console, plan: dict[str, Any]) -> None:
     for column in ("setting", "value", "source"):
         table.add_column(column)
     for note in plan["defaults"]:
-        table.add_row(note["key"], note["value"], note["source"])
+        table.add_row(note["key"], escape(note["value"]), escape(note["source"]))
     console.print(table)
 
 
@@ -105,7 +106,7 @@ def _show_candidates(console: Console, plan: dict[str, Any]) -> None:
             str(c["lora_rank"]),
             f"{c['learning_rate']:.2e}",
             str(c["global_batch_size"]),
-            "+".join(c["target"]),
+            escape("+".join(c["target"])),
         ]
         table.add_row(*row, f"{item['adapter_params']:,}", margin)
     console.print(table)
@@ -118,6 +119,14 @@ def _show_discarded(console: Console, plan: dict[str, Any]) -> None:
     for item in plan["discarded"]:
         reasons[item["reason"]] = reasons.get(item["reason"], 0) + 1
     console.print(f"{len(plan['discarded']):,} discarded before any trial")
+    for cut in plan["cut_ranks"]:
+        ranks = ", ".join(map(str, cut["lora_ranks"]))
+        console.print(
+            f"  cut before any draw: lora_rank {ranks} on {'+'.join(cut['target'])}: "
+            f"the data needs {cut['sufficient_rank']}",
+            markup=False,
+            soft_wrap=True,
+        )
     for reason, count in reasons.items():
         console.print(f"  {count:,} x {reason}", markup=False, soft_wrap=True)
     for reason in {item["reason"] for item in plan["advised"]}:
@@ -148,28 +157,40 @@ def show_results(
 ) -> None:
     """The results table, and where the report and the best adapter are."""
     console = console or Console(highlight=False)
-    table = Table(
-        title=f"{run.root.name}: {len(records)} trials, {num_discarded} candidates discarded before any trial"
+    console.print(
+        f"{run.root.name}: {len(records)} trials, {num_discarded} candidates discarded before any trial"
     )
-    for column in ("trial", "status", "examples", "eval_loss", "bits/byte", "reason"):
-        table.add_column(
-            column, justify="right" if column in ("examples", "eval_loss", "bits/byte") else "left"
-        )
+    table = Table()
+    numbers = ("rank", "learning_rate", "batch", "examples", "eval_loss", "bits/byte")
+    for column in ("rank", "learning_rate", "batch", "target", "status", *numbers[3:]):
+        table.add_column(column, justify="right" if column in numbers else "left")
     for record in records:
-        top = record.best
-        numbers = (
-            [f"{top['examples']:,}", f"{top['eval_loss']:.4f}", f"{top['eval_bits_per_byte']:.4f}"]
-            if top
-            else ["", "", ""]
-        )
-        style = "bold green" if best and record.name == best.name else None
-        table.add_row(record.name, record.status, *numbers, record.reason, style=style)
+        chosen = best is not None and record.name == best.name
+        table.add_row(*_result_cells(record), style="bold green" if chosen else None)
     console.print(table)
+    for record in records:
+        if record.reason:
+            console.print(f"{record.name}: {record.reason}", markup=False, soft_wrap=True)
     base = next((record.base_loss for record in records if record.base_loss is not None), None)
     if base is not None:
         console.print(f"eval_loss of the untouched base: {base:.4f}")
-    console.print(f"report: {run.report}", soft_wrap=True)
+    console.print(f"report: {run.report}", markup=False, soft_wrap=True)
     console.print(
         f"best adapter: {run.best}" if best else "no trial ended with a usable score",
+        markup=False,
         soft_wrap=True,
     )
+
+
+def _result_cells(record: TrialRecord) -> list[str]:
+    c, top = record.candidate, record.best
+    cells = [str(c["lora_rank"]), f"{c['learning_rate']:.2e}", str(c["global_batch_size"])]
+    cells += ["+".join(c["target"]), record.status]
+    if top is None:
+        return [*cells, "", "", ""]
+    return [
+        *cells,
+        f"{top['examples']:,}",
+        f"{top['eval_loss']:.4f}",
+        f"{top['eval_bits_per_byte']:.4f}",
+    ]

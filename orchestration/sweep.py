@@ -26,6 +26,9 @@ def start_ray(address: str | None) -> None:
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "32")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if address is None:
+        # Two processes less for every trial; a machine of one's own is not preempted.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
 
     options: dict[str, Any] = {

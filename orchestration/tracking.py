@@ -2,6 +2,8 @@
 number of workers."""
 
 import os
+import re
+import sys
 from typing import Any, Protocol
 
 from orchestration.results import TrialRecord
@@ -61,10 +63,18 @@ class WandbTracker:
         import wandb
 
         self.wandb, self.sweep_name, self.folder = wandb, sweep_name, run.root
-        has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-        self.mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+        self.mode = os.environ.get("WANDB_MODE") or self._default_mode()
         self.runs: dict[str, Any] = {}
         self.logged: dict[str, int] = {}
+
+    def _default_mode(self) -> str:
+        if self.wandb.login(prompt=False, verify=False):
+            return "online"
+        print(
+            f"wandb: no API key, runs stay offline in {self.folder / 'wandb'}; wandb sync sends them",
+            file=sys.stderr,
+        )
+        return "offline"
 
     def _run(self, record: TrialRecord) -> Any:
         if record.name not in self.runs:
@@ -72,7 +82,7 @@ class WandbTracker:
                 project=os.environ.get("WANDB_PROJECT", "tenfold"),
                 group=self.sweep_name,
                 name=record.name,
-                id=f"{self.sweep_name}-{record.name}".replace("+", "_"),
+                id=re.sub(r"[^A-Za-z0-9._-]", "_", f"{self.sweep_name}-{record.name}"),
                 resume="allow",
                 config=record.candidate,
                 dir=str(self.folder),

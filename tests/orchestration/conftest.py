@@ -1,0 +1,65 @@
+"""A working folder with a small training file and the shipped base."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def base() -> Path:
+    """The base that Tenfold ships."""
+    return ROOT / "trainers" / "assets" / "tiny-llama"
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory of a user without a GPU: empty, its cache elsewhere."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TENFOLD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return folder
+
+
+@pytest.fixture
+def write_rows(workplace: Path) -> Callable[[str, Iterable[dict]], Path]:
+    """Writes a jsonl file into the working folder."""
+
+    def write(name: str, rows: Iterable[dict]) -> Path:
+        path = workplace / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def write_sweep(workplace: Path, base: Path, write_rows) -> Callable[..., Path]:
+    """Writes sweep.yaml for the shipped base and 60 rows; a value of None leaves a key out."""
+    write_rows("good.jsonl", qa_rows(60))
+
+    def write(**values: object) -> Path:
+        merged = {"model": str(base), "data": "good.jsonl"} | values
+        path = workplace / "sweep.yaml"
+        path.write_text(
+            yaml.safe_dump({key: value for key, value in merged.items() if value is not None})
+        )
+        return path
+
+    return write
+
+
+def qa_rows(count: int) -> list[dict[str, str]]:
+    """Different short rows."""
+    return [{"prompt": f"{i} plus one?", "completion": f" It is {i + 1}."} for i in range(count)]
+
+
+@pytest.fixture(name="qa_rows")
+def qa_rows_fixture() -> Callable[[int], list[dict[str, str]]]:
+    return qa_rows

@@ -1,0 +1,166 @@
+"""The command line: what its verbs print, and its exit codes (bad input has a file of its own)."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from orchestration import run as run_module
+from orchestration.cli import main
+from orchestration.demo import demo_config, free_name
+from orchestration.progress import Progress
+from orchestration.results import TrialRecord
+from orchestration.show import show_results
+from trainers.paths import RunPaths
+
+
+def printed(show) -> str:
+    """What a function writes to a wide console that is no terminal."""
+    stream = io.StringIO()
+    show(Console(file=stream, width=250, highlight=False))
+    return stream.getvalue()
+
+
+def record(name: str, status: str, reason: str, losses: list[float]) -> TrialRecord:
+    rows = tuple(
+        {"examples": 16 * i, "steps": i, "eval_loss": loss, "eval_bits_per_byte": loss / 2}
+        for i, loss in enumerate(losses)
+    )
+    candidate = {"lora_rank": 8, "learning_rate": 1e-3, "global_batch_size": 16, "target": ["attn"]}
+    return TrialRecord(name=name, candidate=candidate, status=status, reason=reason, rows=rows)
+
+
+def test_plan_json_is_one_json_value_on_stdout(write_sweep, capsys):
+    config = write_sweep(lora_rank=[4, 8], learning_rate=1e-3, global_batch_size=16)
+    assert main(["plan", str(config), "--json"]) == 0
+    captured = capsys.readouterr()
+    plan = json.loads(captured.out)
+    assert [item["candidate"]["lora_rank"] for item in plan["candidates"]] == [4, 8]
+    assert captured.err == ""
+
+
+def test_check_json_holds_data_and_pitfalls(write_sweep, capsys):
+    assert main(["check", str(write_sweep()), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"name", "data", "dataset_tokens", "dataset_bits", "pitfalls"}
+    assert found["data"]["num_rows"] == 60
+
+
+def test_plan_lists_candidates_discarded_and_settings(write_sweep, base, capsys):
+    config = write_sweep(
+        data=None,
+        dataset_tokens=15_000,
+        lora_rank=[1, 2],
+        learning_rate=[1e-3, 2e-3],
+        global_batch_size=16,
+        target="attn",
+    )
+    assert main(["plan", str(config)]) == 0
+    out = capsys.readouterr().out
+    for part in ("15,000 bits to hold", "2 admitted", "2 discarded before any trial"):
+        assert part in out
+    assert "2 x UNDERCAPACITY: rank 1 on attn holds 10,240 bits" in out
+
+
+def test_plan_of_a_random_search_names_the_ranks_it_never_draws(write_sweep, capsys):
+    config = write_sweep(
+        data=None,
+        dataset_tokens=15_000,
+        search="random",
+        num_candidates=2,
+        lora_rank=[1, 2],
+        target="attn",
+    )
+    assert main(["plan", str(config)]) == 0
+    out = capsys.readouterr().out
+    assert "cut before any draw: lora_rank 1 on attn: the data needs 2" in out
+
+
+@pytest.mark.parametrize("name", ["a[b]c", "a[/b]c"])
+def test_plan_and_check_of_a_path_with_brackets_print_it_whole(write_sweep, capsys, name):
+    path = Path(name) / "rows.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(Path(write_sweep().parent / "good.jsonl").read_bytes())
+    config = write_sweep(data=str(path))
+    for verb in ("plan", "check"):
+        assert main([verb, str(config)]) == 0
+        assert f"data: {path}" in capsys.readouterr().out
+
+
+def test_show_results_reason_with_brackets_is_text(tmp_path):
+    run = RunPaths(tmp_path / "runs[/x]" / "mine")
+    bad = record("r8", "failed", "KeyError: [/bad] of [batch, seq]", [])
+    good = record("r4", "finished", "", [3.0, 2.0, 2.5])
+    out = printed(lambda console: show_results([good, bad], good, run, 5, console))
+    assert "KeyError: [/bad] of [batch, seq]" in out
+    assert f"report: {run.report}" in out
+    assert f"best adapter: {run.best}" in out
+    for part in ("2 trials, 5 candidates discarded", "2.0000", "1.0000", "untouched base: 3.0000"):
+        assert part in out
+
+
+def test_show_results_without_a_best_says_so(tmp_path):
+    bad = record("r8", "diverged", "train_loss nan at step 3", [3.0])
+    out = printed(lambda console: show_results([bad], None, RunPaths(tmp_path), 0, console))
+    assert "no trial ended with a usable score" in out
+    assert "train_loss nan at step 3" in out
+
+
+def test_progress_prints_one_line_per_event_and_counts_the_ended():
+    stream = io.StringIO()
+    with Progress(["a", "b"], 3, 64, Console(file=stream, width=200)) as progress:
+        progress.started("a")
+        progress.reported("a", {"examples": 16, "eval_loss": 2.5})
+        progress.ended("a", "failed", "[/x] broke")
+    lines = [line.split("] ", 1)[1] for line in stream.getvalue().splitlines()]
+    assert lines == [
+        "a: starting",
+        "a: 16/64 examples, eval_loss 2.5000",
+        "a: failed ([/x] broke)",
+    ]
+    table = " ".join(printed(lambda console: console.print(progress.table())).split())
+    assert "1/2 trials ended, 3 candidates discarded, best eval_loss 2.5000" in table
+
+
+def test_main_interrupted_gives_130(write_sweep, capsys, monkeypatch):
+    def interrupt(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "run_sweep", interrupt)
+    assert main(["sweep", str(write_sweep())]) == 130
+    assert capsys.readouterr().err == "tenfold: interrupted\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["plan"], ["plan", "a.yaml", "--fast"]])
+def test_main_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "usage: tenfold" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["check", "plan", "sweep", "report", "demo"])
+def test_main_help_of_a_verb_exits_with_0(verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    assert f"usage: tenfold {verb}" in capsys.readouterr().out
+
+
+def test_demo_config_is_the_shipped_base_on_the_shipped_rows(workplace, base):
+    config, source = demo_config(None)
+    assert (config.model, config.name) == (str(base), "demo")
+    assert config.data == str(base.parent / "demo" / "functions.jsonl")
+    assert source == (base.parent / "demo" / "sweep.yaml").read_text()
+    assert config.quantization == "nf4"
+
+
+def test_free_name_counts_up_from_the_folders_that_are_there(tmp_path):
+    assert free_name(tmp_path, "demo") == "demo"
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo-3").mkdir()
+    assert free_name(tmp_path, "demo") == "demo-2"
+    (tmp_path / "demo-2").mkdir()
+    assert free_name(tmp_path, "demo") == "demo-4"

@@ -1,0 +1,147 @@
+"""Results from a folder tree alone, written here as a worker would leave it."""
+
+import json
+import math
+
+import pytest
+
+from orchestration.results import best_trial, mark_ended, read_trial, read_trials
+from trainers.paths import RunPaths
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture
+def run(tmp_path) -> RunPaths:
+    (tmp_path / "run" / "trials").mkdir(parents=True)
+    return RunPaths(tmp_path / "run")
+
+
+def write_trial(run: RunPaths, name: str, losses: list[float], status: str | None = "finished"):
+    """A trial whose rows have these eval losses; the first row is the untouched base (step 0)."""
+    folder = run.root / "trials" / name
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"candidate": {"lora_rank": 4}}))
+    rows = [
+        {"examples": 16 * step, "steps": step, "eval_loss": loss, "eval_bits_per_byte": loss / 2}
+        for step, loss in enumerate(losses)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if status is not None:
+        (folder / "status.json").write_text(
+            json.dumps({"status": status, "reason": "why", "examples": 0, "steps": 0})
+        )
+
+
+def best_name(run: RunPaths) -> str | None:
+    best = best_trial(read_trials(run))
+    return best.name if best else None
+
+
+def test_best_trial_skips_the_diverged_failed_and_unfinished_whatever_they_scored(run):
+    write_trial(run, "a-diverged", [3.0, 0.1], "diverged")
+    write_trial(run, "b-failed", [3.0, 0.2], "failed")
+    write_trial(run, "c-unfinished", [3.0, 0.3], None)
+    write_trial(run, "d-finished", [3.0, 2.0])
+    write_trial(run, "e-stopped", [3.0, 1.5], "stopped")
+    assert best_name(run) == "e-stopped"
+
+
+def test_best_trial_nan_first_does_not_win(run):
+    # Field case C01: any comparison with NaN is false.
+    for name, loss in (("a", NAN), ("b", 1.0), ("c", 2.0)):
+        write_trial(run, name, [3.0, loss])
+    assert best_name(run) == "b"
+
+
+def test_best_trial_of_rows_that_are_not_finite_is_none(run):
+    write_trial(run, "a", [3.0, NAN])
+    write_trial(run, "b", [3.0, INF])
+    write_trial(run, "c", [3.0, 1.0], "diverged")
+    assert best_name(run) is None
+
+
+def test_best_trial_of_no_trials_is_none(run):
+    assert read_trials(run) == []
+    assert best_trial([]) is None
+
+
+def test_best_row_within_a_trial_is_the_lowest_not_the_last(run):
+    # Field case C05.
+    write_trial(run, "a", [9.0, 3.0, 1.0, 2.0])
+    best = read_trial(run.trial("a")).best
+    assert (best["eval_loss"], best["steps"], best["examples"]) == (1.0, 2, 32)
+
+
+def test_best_row_of_a_nan_is_skipped(run):
+    write_trial(run, "a", [9.0, NAN, 2.0, NAN])
+    assert read_trial(run.trial("a")).best["steps"] == 2
+
+
+def test_best_row_is_never_the_untouched_base(run):
+    write_trial(run, "a", [1.0, 3.0, 2.0])
+    record = read_trial(run.trial("a"))
+    assert (record.best["eval_loss"], record.base_loss) == (2.0, 1.0)
+    write_trial(run, "b", [1.0])
+    only_base = read_trial(run.trial("b"))
+    assert (only_base.best, only_base.base_loss) == (None, 1.0)
+    assert best_name(run) == "a"
+
+
+def test_best_row_of_equal_losses_is_the_first(run):
+    write_trial(run, "a", [9.0, 2.0, 2.0])
+    assert read_trial(run.trial("a")).best["steps"] == 1
+
+
+def test_read_trials_order_is_usable_by_score_then_the_rest(run):
+    write_trial(run, "z", [3.0, 1.0])
+    write_trial(run, "y", [3.0, 2.0], "stopped")
+    write_trial(run, "x", [3.0, 2.0])  # a tie is ordered by name
+    write_trial(run, "w", [3.0])  # usable, without a score
+    write_trial(run, "b", [3.0, 0.5], "failed")
+    write_trial(run, "a", [3.0, 0.7], "diverged")
+    assert [record.name for record in read_trials(run)] == ["z", "x", "y", "w", "b", "a"]
+
+
+def test_read_trials_folder_without_config_is_no_trial(run):
+    write_trial(run, "a", [3.0, 1.0])
+    (run.trials / "not-a-trial").mkdir()
+    assert [record.name for record in read_trials(run)] == ["a"]
+
+
+def test_read_trial_without_status_or_rows_is_unfinished(run):
+    write_trial(run, "a", [], None)
+    (run.trials / "a" / "metrics.jsonl").unlink()
+    record = read_trial(run.trial("a"))
+    assert (record.status, record.rows, record.best, record.base_loss) == (
+        "unfinished",
+        (),
+        None,
+        None,
+    )
+
+
+def test_mark_ended_writes_where_the_trial_stood(run):
+    write_trial(run, "a", [3.0, 2.0, 1.0], None)
+    mark_ended(run.trial("a"), "stopped", "stopped by its scheduler")
+    assert json.loads(run.trial("a").status.read_text()) == {
+        "status": "stopped",
+        "reason": "stopped by its scheduler",
+        "examples": 32,
+        "steps": 2,
+    }
+
+
+def test_mark_ended_of_a_trial_without_rows_is_at_zero(run):
+    write_trial(run, "a", [], None)
+    mark_ended(run.trial("a"), "failed", "out of memory")
+    status = json.loads(run.trial("a").status.read_text())
+    assert (status["examples"], status["steps"]) == (0, 0)
+
+
+def test_mark_ended_does_not_overwrite_what_the_worker_wrote(run):
+    write_trial(run, "a", [3.0, 2.0], "diverged")
+    before = run.trial("a").status.read_bytes()
+    mark_ended(run.trial("a"), "stopped", "stopped by its scheduler")
+    assert run.trial("a").status.read_bytes() == before
+    assert read_trial(run.trial("a")).status == "diverged"
