@@ -254,7 +254,7 @@ def _problems(error: ValidationError, where: str) -> list[str]:
     for item in error.errors(include_url=False):
         key = str(item["loc"][0]) if item["loc"] else ""
         if item["type"] == "value_error":
-            text = str(item["ctx"]["error"])  # ours, complete
+            text = item["msg"].removeprefix("Value error, ")  # ours, complete
         else:
             text = f"{key}: {item['msg']}" + (
                 "" if item["type"] == "missing" else f", got {item['input']!r}"

@@ -13,7 +13,7 @@ from orchestration.config import SweepConfig
 from orchestration.models import require_weights
 from orchestration.planning import DEFAULT_MICRO_BATCH_SIZE, Budget, Plan, make_plan, plan_to_dict
 from orchestration.progress import Progress
-from orchestration.show import show_results
+from orchestration.results_table import show_results
 from search_spaces.candidate import Candidate, trial_name
 from trainers.paths import RunPaths, write_json, write_text
 

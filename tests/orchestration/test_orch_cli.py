@@ -12,7 +12,7 @@ from orchestration.cli import main
 from orchestration.demo import demo_config, free_name
 from orchestration.progress import Progress
 from orchestration.results import TrialRecord
-from orchestration.show import show_results
+from orchestration.results_table import show_results
 from trainers.paths import RunPaths
 
 
