@@ -55,7 +55,9 @@ def main() -> None:
             ("python -c pass", [sys.executable, "-c", "pass"]),
         ):
             times = seconds(command)
-            print(f"{name}: median {statistics.median(times):.3f} s, {min(times):.3f} to {max(times):.3f} s")
+            print(
+                f"{name}: median {statistics.median(times):.3f} s, {min(times):.3f} to {max(times):.3f} s"
+            )
         probe = subprocess.run(
             [sys.executable, "-c", PROBE, str(sweep)], check=True, capture_output=True, text=True
         )

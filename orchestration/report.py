@@ -8,6 +8,7 @@ import yaml
 
 from orchestration.charts import capacity_chart, learning_curves, lr_loss_chart
 from orchestration.results import TrialRecord, best_trial, read_trials
+from orchestration.show import cut_ranks
 from trainers.paths import RunPaths, read_json, write_text
 
 STYLE = """
@@ -230,8 +231,9 @@ def _best_yaml(resolved: dict[str, Any], best: TrialRecord | None) -> str:
 
 
 def _discarded_table(plan: dict[str, Any]) -> str:
+    cut = "".join(f"<p>Cut before any draw: {html.escape(line)}.</p>" for line in cut_ranks(plan))
     if not plan["discarded"]:
-        return "<p>None.</p>"
+        return cut or "<p>None.</p>"
     headers = [
         ("rank", True),
         ("learning_rate", True),
@@ -250,7 +252,7 @@ def _discarded_table(plan: dict[str, Any]) -> str:
             "+".join(c["target"]),
         ]
         rows.append(("", [*cells, item["rule"], item["reason"]]))
-    return _table(headers, rows)
+    return cut + _table(headers, rows)
 
 
 def _pitfalls(plan: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from orchestration.models import require_weights
 from orchestration.planning import DEFAULT_MICRO_BATCH_SIZE, Budget, Plan, make_plan, plan_to_dict
 from orchestration.progress import Progress
 from orchestration.results_table import show_results
+from orchestration.show import cut_ranks
 from search_spaces.candidate import Candidate, trial_name
 from trainers.paths import RunPaths, write_json, write_text
 
@@ -110,6 +111,8 @@ def _say_plan(console: Console, plan: Plan) -> None:
         f"{plan.name}: {len(plan.pruned.admitted) + len(discarded)} candidates planned, {len(discarded)} discarded, "
         f"{len(plan.pruned.admitted)} to train; {plan.dataset_bits:,} dataset bits",
     )
+    for sentence in cut_ranks(plan_to_dict(plan)):
+        console.print(f"  cut before any draw: {sentence}", markup=False, soft_wrap=True)
     for reason in sorted({item.reason for item in discarded}):
         console.print(f"  discarded: {reason}", markup=False, soft_wrap=True)
     for pitfall in plan.pitfalls:

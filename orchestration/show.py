@@ -114,12 +114,7 @@ def _candidate_row(item: dict[str, Any], dataset_bits: int) -> tuple[str, ...]:
 
 def _discarded(plan: dict[str, Any]) -> list[str]:
     lines = [f"{len(plan['discarded']):,} discarded before any trial"]
-    for cut in plan["cut_ranks"]:
-        ranks = ", ".join(map(str, cut["lora_ranks"]))
-        lines.append(
-            f"  cut before any draw: lora_rank {ranks} on {'+'.join(cut['target'])}: "
-            f"the data needs {cut['sufficient_rank']}"
-        )
+    lines += [f"  cut before any draw: {sentence}" for sentence in cut_ranks(plan)]
     reasons = Counter(item["reason"] for item in plan["discarded"])
     lines += [f"  {count:,} x {reason}" for reason, count in reasons.items()]
     advised = dict.fromkeys(item["reason"] for item in plan["advised"])
@@ -132,3 +127,12 @@ def _pitfalls(plan: dict[str, Any]) -> list[str]:
         for p in plan["pitfalls"]
     ]
     return lines or ["no pitfall found"]
+
+
+def cut_ranks(plan: dict[str, Any]) -> list[str]:
+    """What a random search never draws, a sentence for each target."""
+    return [
+        f"lora_rank {', '.join(map(str, cut['lora_ranks']))} on {'+'.join(cut['target'])}: "
+        f"the data needs {cut['sufficient_rank']}"
+        for cut in plan["cut_ranks"]
+    ]

@@ -81,6 +81,7 @@ def plan() -> dict:
         "defaults": [{"key": "lora_alpha", "value": "32", "source": "LoRA Without Regret"}],
         "candidates": [{"candidate": candidate(1e-3), "adapter_bits": 80_000}],
         "discarded": [small],
+        "cut_ranks": [{"target": ["attn"], "lora_ranks": [1, 2], "sufficient_rank": 3}],
         "pitfalls": [{"symptom": "slow", "evidence": "10 steps", "fix": "more epochs"}],
     }
 
@@ -95,6 +96,7 @@ def test_write_report_names_the_best_the_failed_and_the_discarded(run):
         "rank 1 is too small",
         "10 steps",
         "lora_alpha",
+        "lora_rank 1, 2 on attn",
     ):
         assert part in text
     assert "<script>alert(1)" not in text  # a reason is text, not markup

@@ -95,7 +95,9 @@ def test_saved_adapter_loaded_by_peft_gives_the_same_logits(build, reload, tmp_p
     randomise(pack)
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
-        save_weights(pack, new_run(pack, 0, RUN_SPEC), tmp_path, base_name="org/base", revision="v1")
+        save_weights(
+            pack, new_run(pack, 0, RUN_SPEC), tmp_path, base_name="org/base", revision="v1"
+        )
         base = reload()
         untouched = base(input_ids=IDS).logits
         loaded = PeftModel.from_pretrained(base, str(tmp_path))(input_ids=IDS).logits
@@ -126,11 +128,26 @@ def test_inject_fresh_adapter_leaves_the_logits_as_they_are():
 @pytest.mark.parametrize(
     ("linear", "message"),
     [
-        (LinearShape(name="w1", in_features=64, out_features=8, component="mlp", count=2), "matched 0"),
-        (LinearShape(name="q_proj", in_features=64, out_features=64, component="attn", count=3), "match 3 layers"),
-        (LinearShape(name="q_proj", in_features=64, out_features=32, component="attn", count=2), "must be 64 -> 32"),
         (
-            LinearShape(name="experts.down_proj", in_features=64, out_features=8, component="experts", count=8),
+            LinearShape(name="w1", in_features=64, out_features=8, component="mlp", count=2),
+            "matched 0",
+        ),
+        (
+            LinearShape(name="q_proj", in_features=64, out_features=64, component="attn", count=3),
+            "match 3 layers",
+        ),
+        (
+            LinearShape(name="q_proj", in_features=64, out_features=32, component="attn", count=2),
+            "must be 64 -> 32",
+        ),
+        (
+            LinearShape(
+                name="experts.down_proj",
+                in_features=64,
+                out_features=8,
+                component="experts",
+                count=8,
+            ),
             "fused 3-D experts",
         ),
     ],

@@ -28,7 +28,12 @@ def test_shape_of_config_unknown_architecture_is_read_from_the_built_model():
 def test_shape_of_config_opt_injects_every_layer_it_counts():
     torch.manual_seed(0)
     config = OPTConfig(
-        hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=256, word_embed_proj_dim=64
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=256,
+        word_embed_proj_dim=64,
     )
     shape = shape_of_config(config)
     model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
@@ -38,5 +43,7 @@ def test_shape_of_config_opt_injects_every_layer_it_counts():
 
 
 def test_shape_of_config_known_architecture_is_read_from_the_config():
-    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
     assert shape_of_config(config) == ModelShape.from_config(config.to_dict())

@@ -34,7 +34,10 @@ CANDIDATE = Candidate(
 def data_file(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("TENFOLD_CACHE", str(tmp_path / "cache"))
     rows = [
-        {"prompt": f"def double_{i}(x):\n", "completion": f"    return {i} * x + {i % 7}\n" * (1 + i % 3)}
+        {
+            "prompt": f"def double_{i}(x):\n",
+            "completion": f"    return {i} * x + {i % 7}\n" * (1 + i % 3),
+        }
         for i in range(60)
     ]
     path = tmp_path / "train.jsonl"
@@ -62,7 +65,9 @@ def numbers(rows) -> list[dict]:
 
 
 def test_trial_nf4_trains_on_4bit_layers_and_records_every_evaluation(data_file, tmp_path):
-    spec = trial(data_file, tmp_path / "t", base=BaseSpec(model=BASE, quantization="nf4", dtype="fp32"))
+    spec = trial(
+        data_file, tmp_path / "t", base=BaseSpec(model=BASE, quantization="nf4", dtype="fp32")
+    )
     model = load_base(spec.base)
     assert len(nf4_layer_names(model)) == 4 * 7
     assert true_num_params(model) == 2_164_416  # FIELD B08: packed bytes are not parameters
@@ -71,7 +76,12 @@ def test_trial_nf4_trains_on_4bit_layers_and_records_every_evaluation(data_file,
     assert result.status == "finished"
     assert result.rows[-1]["eval_loss"] < result.rows[0]["eval_loss"] - 0.5
     paths = TrialPaths(spec.folder)
-    assert read_json(paths.status) == {"status": "finished", "reason": "", "examples": 44, "steps": 6}
+    assert read_json(paths.status) == {
+        "status": "finished",
+        "reason": "",
+        "examples": 44,
+        "steps": 6,
+    }
     assert sorted(path.name for path in paths.best.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -79,7 +89,9 @@ def test_trial_nf4_trains_on_4bit_layers_and_records_every_evaluation(data_file,
 
 
 @pytest.mark.parametrize("killed_at", [0, 32])
-def test_trial_resumed_from_its_checkpoint_ends_in_identical_numbers(data_file, tmp_path, killed_at):
+def test_trial_resumed_from_its_checkpoint_ends_in_identical_numbers(
+    data_file, tmp_path, killed_at
+):
     whole = train_trial(trial(data_file, tmp_path / "whole"), lambda row: True)
 
     class Killed(Exception):
@@ -95,7 +107,8 @@ def test_trial_resumed_from_its_checkpoint_ends_in_identical_numbers(data_file, 
     resumed = train_trial(cut, lambda row: True)
     assert numbers(resumed.rows) == numbers(whole.rows)
     first, second = (
-        (tmp_path / name / "best" / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")
+        (tmp_path / name / "best" / "adapter_model.safetensors").read_bytes()
+        for name in ("whole", "cut")
     )
     assert first == second
 
