@@ -1,4 +1,5 @@
-"""Seconds of `tenfold plan` for Llama-3.1-70B and 2.0e9 tokens: a whole process, as a user starts it.
+"""Seconds of `tenfold plan`, a whole process as a user starts it: for Llama-3.1-70B and 2.0e9 tokens, and
+for the shipped base and the demo's data, whose count is cached.
 
     python benchmarks/plan_latency.py
 
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 RUNS = 5
+ASSETS = Path(__file__).resolve().parent.parent / "trainers" / "assets"
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -50,8 +52,14 @@ def main() -> None:
         model.write_text(json.dumps(CONFIG))
         sweep.write_text(f"model: {model}\ndataset_tokens: 2.0e9\n")
         tenfold = Path(sys.executable).with_name("tenfold")
+        counted = Path(folder) / "counted.yaml"
+        counted.write_text(
+            f"model: {ASSETS / 'tiny-llama'}\ndata: {ASSETS / 'demo' / 'functions.jsonl'}\n"
+        )
+        subprocess.run([str(tenfold), "plan", str(counted)], check=True, stdout=subprocess.DEVNULL)
         for name, command in (
-            ("tenfold plan", [str(tenfold), "plan", str(sweep)]),
+            ("tenfold plan, token count given", [str(tenfold), "plan", str(sweep)]),
+            ("tenfold plan, token count cached", [str(tenfold), "plan", str(counted)]),
             ("python -c pass", [sys.executable, "-c", "pass"]),
         ):
             times = seconds(command)

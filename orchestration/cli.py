@@ -3,6 +3,7 @@
 
 import argparse
 import gc
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ EXIT_CODES = "exit codes: 0 done; 1 no trial ended with a usable score; 2 input 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb. Returns its exit code; bad input prints one line per problem and gives 2."""
+    # pydantic looks for plugins in every installed distribution; Tenfold has none.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)

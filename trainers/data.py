@@ -28,9 +28,7 @@ from trainers.data_cache import (
     write_json,
 )
 from trainers.data_spec import DataSpec
-from trainers.examples import RowEncoder
 from trainers.records import BadRows, DataError
-from trainers.row_reader import RowReader
 from trainers.sources import Source, resolve_source
 from trainers.tokenizer import (
     SHIPPED_MODEL,
@@ -204,6 +202,10 @@ def _identified(tokenizer: Any, chat_template: str | None) -> tuple[LoadedTokeni
 
 
 def _counted(spec: DataSpec, source: Source, tokenizer: LoadedTokenizer) -> int:
+    # Reading and encoding is 40 ms of imports, which a plan with a known count does not pay.
+    from trainers.examples import RowEncoder
+    from trainers.row_reader import RowReader
+
     bad = BadRows()
     reader = RowReader(spec, bad)
     encoder = RowEncoder(tokenizer, completion_only=spec.completion_only)

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
-from trainers.audit import Audit, Tally
+from trainers.audit import Audit
 from trainers.data_spec import DataSpec
 from trainers.examples import RowEncoder, TokenizedRow, fitted_rows
 from trainers.records import BadRows, DataError
 from trainers.row_reader import RowReader
 from trainers.rows import Row, row_digest
 from trainers.sources import Source, resolve_source
+from trainers.tally import Tally
 from trainers.token_set import SetBuilder
 from trainers.tokenizer import LoadedTokenizer
 

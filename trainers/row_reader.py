@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from trainers.audit import Tally
 from trainers.data_spec import DataSpec
 from trainers.records import BadRows, Origin, RowError
 from trainers.rows import Row, RowShape, detect_shape, normalised_row, wanted_columns
 from trainers.sources import Source, read_records
+from trainers.tally import Tally
 
 
 @dataclass

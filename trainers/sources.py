@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainers.json_rows import read_csv, read_json, read_json_lines
 from trainers.records import BadRows, DataError, Origin, Record, drop_nested_nulls
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -124,6 +123,8 @@ def read_records(source: Source, wanted: frozenset[str], bad: BadRows) -> Iterat
 
 
 def _read_file(path: Path, wanted: frozenset[str], bad: BadRows) -> Iterator[Record]:
+    from trainers.json_rows import read_csv, read_json, read_json_lines
+
     suffix = data_suffix(path)
     if path.stat().st_size == 0:
         raise DataError(f"{path}: must hold rows, is empty (0 bytes)")
