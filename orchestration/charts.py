@@ -61,7 +61,7 @@ def lr_loss_chart(records: list[TrialRecord]) -> go.Figure:
     )
     rates = sorted({record.candidate["learning_rate"] for record in records})
     figure.update_xaxes(type="log", tickvals=rates, ticktext=[f"{rate:.1e}" for rate in rates])
-    figure.update_layout(legend={"orientation": "h", "y": -0.25})
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "y": -0.25})
     return figure
 
 
@@ -124,13 +124,24 @@ def capacity_chart(plan: dict[str, Any]) -> go.Figure:
             x=labels,
             y=[bars[key][0] for key in keys],
             marker={"color": ["#009E73" if bars[key][1] else "#D55E00" for key in keys]},
+            text=[f"{bars[key][0]:,}" for key in keys],
             showlegend=False,
         )
     )
-    figure.add_hline(
-        y=plan["dataset_bits"], line={"dash": "dash", "color": GREY}, annotation_text="dataset bits"
-    )
+    data_bits = max(plan["dataset_bits"], 1)
+    figure.add_hline(y=data_bits, line={"dash": "dash", "color": GREY})
+    # On a log axis an annotation's y is the exponent, and add_hline's own text lands off the chart.
+    label = {
+        "text": f"dataset bits: {data_bits:,}",
+        "xref": "paper",
+        "x": 0.01,
+        "yanchor": "bottom",
+    }
+    figure.add_annotation(y=math.log10(data_bits), showarrow=False, **label)
     figure = _layout(figure, "Capacity: adapter bits against dataset bits", "", "bits")
-    bits = [bar[0] for bar in bars.values()] + [max(plan["dataset_bits"], 1)]
-    figure.update_yaxes(type="log", range=[math.log10(min(bits) / 2), math.log10(max(bits) * 1.5)])
+    bits = [bar[0] for bar in bars.values()] + [data_bits]
+    # One tick a decade: the bars carry their own numbers.
+    figure.update_yaxes(
+        type="log", dtick=1, range=[math.log10(min(bits) / 2), math.log10(max(bits) * 1.5)]
+    )
     return figure

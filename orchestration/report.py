@@ -2,6 +2,7 @@
 
 import html
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -101,11 +102,16 @@ def _header(
     )
     model = plan["model"]
     intro = (
-        f"{html.escape(str(model['name']))}, {model['num_params'] / 1e6:,.1f}M parameters, "
+        f"{html.escape(_short_name(str(model['name'])))}, {model['num_params'] / 1e6:,.1f}M parameters, "
         f"method {html.escape(plan['method'])}"
     )
     head = f'<h1>{html.escape(name)}</h1><p class="muted">{intro}</p>'
     return f'{head}{_verdict(records, best)}<div class="tiles">{boxes}</div>'
+
+
+def _short_name(model: str) -> str:
+    """A hub id whole; of a folder its name (the whole path is in the YAML below)."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def _verdict(records: list[TrialRecord], best: TrialRecord | None) -> str:
