@@ -27,8 +27,8 @@ DEFAULT_SEQ_LEN = 1024
 DATA_SUFFIX = r"(?i)\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz)?$"
 DEFAULT_MICRO_BATCH_SIZE = 8
 EVALUATIONS_PER_TRIAL = 4
-"""Evaluations of a trial, and so the points at which a scheduler can stop it; the grace period ends
-at the first."""
+"""Evaluations of a trial by default; the grace period of a scheduler ends at the first of them, a quarter
+of the budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,10 +169,10 @@ def make_budget(config: SweepConfig, audit: "Audit") -> Budget:
     num_examples = config.examples or math.ceil(
         Fraction(str(config.epochs or 1)) * audit.num_train_rows  # 1.1 as written, not as a float
     )
-    eval_every = min(
-        config.eval_every or math.ceil(num_examples / EVALUATIONS_PER_TRIAL), num_examples
-    )
-    grace_period = config.grace_period or eval_every
+    quarter = math.ceil(num_examples / EVALUATIONS_PER_TRIAL)
+    eval_every = min(config.eval_every or quarter, num_examples)
+    # Not shorter where evaluations are: early stoppers favour high learning rates, as B starts at 0.
+    grace_period = config.grace_period or max(quarter, eval_every)
     if grace_period > num_examples:
         raise ValueError(
             f"grace_period must be at most the budget of a trial ({num_examples} examples), got {grace_period}"

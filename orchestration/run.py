@@ -25,7 +25,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "special_tokens_map.json",
 )
-NO_RESULT = 1
+NO_RESULT, INTERRUPTED = 1, 130
 
 
 def run_sweep(config: SweepConfig, source: str) -> int:
@@ -211,4 +211,8 @@ def _conclude(run: RunPaths, plan: Plan, console: Console) -> int:
     records, best = finish(run, [path for path in tokenizer if path.is_file()])
     write_report(run)
     show_results(records, best, run, len(plan.pruned.discarded), console)
+    unended = sum(record.status == "unfinished" for record in records)
+    if unended:  # Tune answers Ctrl-C by ending its loop: what has no end was interrupted
+        console.print(f"interrupted: {unended} trials did not end")
+        return INTERRUPTED
     return 0 if best else NO_RESULT

@@ -226,6 +226,8 @@ def test_make_plan_num_candidates_after_the_centre_takes_the_next_nearest(planne
         ({"examples": 100, "eval_every": 30}, (100, 30, 30)),
         ({"examples": 10, "eval_every": 99}, (10, 10, 10)),
         ({"examples": 100, "grace_period": 100}, (100, 25, 100)),
+        # Frequent evaluations do not shorten the grace period.
+        ({"examples": 100, "eval_every": 10}, (100, 10, 25)),
     ],
 )
 def test_make_plan_budget_arithmetic(planned, values, expected):
