@@ -1,6 +1,9 @@
 """A whole trial on the shipped base: NF4, checkpoints, resumption, two workers."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +15,10 @@ from search_spaces.candidate import Candidate
 from trainers.base_model import BaseSpec, load_base, nf4_layer_names, true_num_params
 from trainers.data import DataSpec
 from trainers.paths import TrialPaths, read_json
-from trainers.sft_trainer import TrialSpec, count_tokens, train_trial, validate_capacity
+from trainers.sft_trainer import TrialSpec, train_trial
 
-BASE = str(Path(__file__).resolve().parents[2] / "trainers" / "assets" / "tiny-llama")
+ROOT = Path(__file__).resolve().parents[2]
+BASE = str(ROOT / "trainers" / "assets" / "tiny-llama")
 CANDIDATE = Candidate(
     learning_rate=3e-3,
     lora_rank=4,
@@ -155,10 +159,30 @@ def test_trial_on_two_workers_equals_one(data_file, tmp_path, monkeypatch):
         assert row["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-9)
 
 
-def test_doctrine_snippet_runs_as_written(data_file, monkeypatch, capsys):
-    tokens = count_tokens(str(data_file))
-    result = validate_capacity(rank=64, hidden_dim=4096, num_layers=32, dataset_tokens=tokens)
-    assert result["status"] == "OK"
-    big = validate_capacity(rank=64, hidden_dim=4096, num_layers=32, dataset_tokens=10**9)
-    assert (big["status"], big["suggested_rank"]) == ("UNDERCAPACITY", 191)
-    assert "shipped tokenizer" in capsys.readouterr().err
+SNIPPET = """
+from trainers.sft_trainer import count_tokens, validate_capacity
+result = validate_capacity(
+    rank=64, hidden_dim=4096, num_layers=32, dataset_tokens=count_tokens("data/train.jsonl")
+)
+print(result["status"])
+result = validate_capacity(rank=64, hidden_dim=4096, num_layers=32, dataset_tokens=10**9)
+if result["status"] == "UNDERCAPACITY":
+    print(result["message"], result["suggested_rank"])
+"""
+
+
+def test_doctrine_snippet_runs_as_written(data_file):
+    (data_file.parent / "data").mkdir()
+    data_file.rename(data_file.parent / "data" / "train.jsonl")
+    done = subprocess.run(
+        [sys.executable, "-c", SNIPPET],
+        cwd=data_file.parent,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = done.stdout.splitlines()
+    assert first == "OK"
+    assert second.endswith(" 191")  # 10**9 bits / (2 x 2,621,440), rounded up
+    assert done.stderr.count("shipped tokenizer") == 1
