@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ DRIVER_RESOURCE = "node:__internal_head__"
 
 
 def start_ray(address: str | None) -> None:
-    """Joins a cluster, or starts a local one that listens on loopback alone."""
+    """Joins a cluster, or starts a local one that listens on loopback alone.
+
+    Raises:
+        ValueError: no cluster answers at the address.
+    """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -27,7 +32,7 @@ def start_ray(address: str | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if address is None:
-        # Two processes less for every trial; a machine of one's own is not preempted.
+        # A process less for every trial; a machine of one's own is not preempted.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
 
@@ -39,8 +44,22 @@ def start_ray(address: str | None) -> None:
     if address is None:
         # Without address="local", init joins whatever cluster it finds on this machine.
         ray.init(address="local", include_dashboard=True, dashboard_host="127.0.0.1", **options)
-    else:
+        return
+    try:
+        _probe(address)
         ray.init(address=address, **options)
+    except OSError as error:  # ConnectionError is one
+        raise ValueError(
+            f"address {address}: no Ray cluster answers ({str(error).splitlines()[0]}); "
+            "start one with `ray start --head`, or leave --address out"
+        ) from error
+
+
+def _probe(address: str) -> None:
+    """Ray itself waits two minutes for a host:port at which nobody listens."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "://" not in address:
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def cluster_inventory() -> Inventory:
@@ -67,7 +86,7 @@ def run_trials(
     """Runs trials to their ends on the connected cluster.
 
     Args:
-        trials: each trial's dict (see `TrialSpec.to_dict`), in the order in which they start.
+        trials: each trial's dict (see `run.trial_dict`), in the order in which they start.
         scheduler: {"kind": fifo | asha | median, "grace_period", "max_t", "reduction_factor"},
             all in examples.
 

@@ -164,3 +164,13 @@ def test_free_name_counts_up_from_the_folders_that_are_there(tmp_path):
     assert free_name(tmp_path, "demo") == "demo-2"
     (tmp_path / "demo-2").mkdir()
     assert free_name(tmp_path, "demo") == "demo-4"
+
+
+def test_sweep_at_an_address_where_nobody_listens_is_one_line_and_leaves_nothing(
+    write_sweep, capsys
+):
+    config = write_sweep(lora_rank=4, learning_rate=1e-3, global_batch_size=16)
+    assert main(["sweep", str(config), "--address", "127.0.0.1:1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "address 127.0.0.1:1: no Ray cluster answers" in line
+    assert not Path("runs").exists()
