@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-BAD_INPUT, NO_RESULT, INTERRUPTED = 2, 1, 130
+from orchestration.exit_codes import BAD_INPUT, INTERRUPTED
+
 EXIT_CODES = "exit codes: 0 done; 1 no trial ended with a usable score; 2 input that cannot be used; 130 interrupted"
 
 

@@ -4,15 +4,6 @@ from pathlib import Path
 
 from search_spaces.architecture import ModelShape, UnknownArchitectureError
 
-TOKENIZER_PATTERNS = (
-    "tokenizer*",
-    "*.model",
-    "special_tokens_map.json",
-    "chat_template*",
-    "vocab*",
-    "merges.txt",
-)
-
 
 def is_local(model: str) -> bool:
     """Whether a model name means a path here (anything that exists, or looks like a path)."""
@@ -79,20 +70,3 @@ def require_weights(model: str) -> None:
         )
     if path.is_dir() and not list(config_path(model).parent.glob("*.safetensors")):
         raise ValueError(f"model {model}: the folder must hold *.safetensors weights, it has none")
-
-
-def model_folder(model: str, revision: str | None = None) -> str:
-    """A local folder that holds the tokenizer: the model's own, or the hub's files fetched.
-
-    Raises:
-        ValueError: nothing there.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.is_file():
-        return str(path.parent)
-    from huggingface_hub import snapshot_download
-
-    _from_hub(model, revision)
-    return snapshot_download(model, revision=revision, allow_patterns=list(TOKENIZER_PATTERNS))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.placement import split_global_batch
 from orchestration.config import SweepConfig, space_overrides
-from orchestration.models import model_folder, model_shape
+from orchestration.models import model_shape
 from search_spaces import doctrine, pitfalls
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate, grid_candidates, random_candidates, trial_name
@@ -95,7 +95,7 @@ def make_plan(config: SweepConfig) -> Plan:
         dataset_bits=facts.bits,
     )
     return Plan(
-        name=config.name or default_name(config),
+        name=run_name(config),
         config=config,
         shape=shape,
         data_spec=data_spec,
@@ -112,7 +112,9 @@ def make_plan(config: SweepConfig) -> Plan:
 
 def make_data_spec(config: SweepConfig, shape: ModelShape) -> "DataSpec":
     """The data half of a config. seq_len defaults to the model's context, at most 1024."""
-    from trainers.data import DataSpec  # a plan from a token count reads no data
+    # A plan from a token count reads no data.
+    from trainers.data_spec import DataSpec
+    from trainers.tokenizer import tokenizer_folder
 
     context = shape.max_position_embeddings
     seq_len = config.seq_len or min(context or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
@@ -122,7 +124,7 @@ def make_data_spec(config: SweepConfig, shape: ModelShape) -> "DataSpec":
         )
     return DataSpec(
         data=str(config.data),
-        model=model_folder(config.model, config.revision),
+        model=str(tokenizer_folder(config.model, config.revision)),
         columns=config.columns,
         format=config.format,
         seq_len=seq_len,
@@ -178,6 +180,11 @@ def make_budget(config: SweepConfig, audit: "Audit") -> Budget:
             f"grace_period must be at most the budget of a trial ({num_examples} examples), got {grace_period}"
         )
     return Budget(num_examples=num_examples, eval_every=eval_every, grace_period=grace_period)
+
+
+def run_name(config: SweepConfig) -> str:
+    """The folder name that the config gives, else one made from model and data."""
+    return config.name or default_name(config)
 
 
 def default_name(config: SweepConfig) -> str:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from trainers.metrics import best_row
 from trainers.paths import RunPaths, TrialPaths, read_json, read_json_lines, write_json
 
 USABLE = ("finished", "stopped")
@@ -21,8 +22,7 @@ class TrialRecord:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        trained = [row for row in self.rows if row["steps"] > 0 and math.isfinite(row["eval_loss"])]
-        return min(trained, key=lambda row: row["eval_loss"], default=None)
+        return best_row(self.rows)
 
     @property
     def base_loss(self) -> float | None:

@@ -10,8 +10,16 @@ from rich.console import Console
 from cluster.inventory import Inventory, TrialDemand, local_inventory, max_concurrent_trials
 from cluster.placement import split_global_batch
 from orchestration.config import SweepConfig
+from orchestration.exit_codes import INTERRUPTED, NO_RESULT
 from orchestration.models import require_weights
-from orchestration.planning import DEFAULT_MICRO_BATCH_SIZE, Budget, Plan, make_plan, plan_to_dict
+from orchestration.planning import (
+    DEFAULT_MICRO_BATCH_SIZE,
+    Budget,
+    Plan,
+    make_plan,
+    plan_to_dict,
+    run_name,
+)
 from orchestration.progress import Progress
 from orchestration.results_table import show_results
 from orchestration.show import cut_ranks
@@ -25,7 +33,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "special_tokens_map.json",
 )
-NO_RESULT, INTERRUPTED = 1, 130
 
 
 def run_sweep(config: SweepConfig, source: str) -> int:
@@ -37,7 +44,7 @@ def run_sweep(config: SweepConfig, source: str) -> int:
     Raises:
         ValueError: anything that can be known before a trial starts. Nothing is left behind.
     """
-    run = RunPaths(Path(config.storage) / (config.name or _plan_name(config)))
+    run = RunPaths(Path(config.storage) / run_name(config))
     _require_new(run)
     require_weights(config.model)
     _require_supported(config)
@@ -47,25 +54,21 @@ def run_sweep(config: SweepConfig, source: str) -> int:
     plan = make_plan(config)
     _require_trainable(plan)
     console = Console(highlight=False)
-    _say_plan(console, plan)
+    as_json = plan_to_dict(plan)
+    _say_plan(console, plan, as_json)
 
     from orchestration import sweep  # ray.tune costs 2 s: bad input is told before it
 
     try:
         sweep.start_ray(config.address)
-        demand = trial_demand(config, sweep.cluster_inventory())
-        max_concurrent_trials(demand, sweep.cluster_inventory())
-        _write_inputs(run, plan, source)
-        _train(plan, demand, run, console)
+        inventory = sweep.cluster_inventory()
+        demand = trial_demand(config, inventory)
+        concurrent = max_concurrent_trials(demand, inventory)
+        _write_inputs(run, plan, as_json, source)
+        _train(plan, demand, concurrent, run, console)
     finally:
         sweep.stop_ray()
     return _conclude(run, plan, console)
-
-
-def _plan_name(config: SweepConfig) -> str:
-    from orchestration.planning import default_name
-
-    return default_name(config)
 
 
 def _require_new(run: RunPaths) -> None:
@@ -105,13 +108,13 @@ def trial_demand(config: SweepConfig, inventory: Inventory) -> TrialDemand:
     )
 
 
-def _say_plan(console: Console, plan: Plan) -> None:
+def _say_plan(console: Console, plan: Plan, as_json: dict[str, Any]) -> None:
     discarded = plan.pruned.discarded
     console.print(
         f"{plan.name}: {len(plan.pruned.admitted) + len(discarded)} candidates planned, {len(discarded)} discarded, "
         f"{len(plan.pruned.admitted)} to train; {plan.dataset_bits:,} dataset bits",
     )
-    for sentence in cut_ranks(plan_to_dict(plan)):
+    for sentence in cut_ranks(as_json):
         console.print(f"  cut before any draw: {sentence}", markup=False, soft_wrap=True)
     for reason in sorted({item.reason for item in discarded}):
         console.print(f"  discarded: {reason}", markup=False, soft_wrap=True)
@@ -123,12 +126,12 @@ def _say_plan(console: Console, plan: Plan) -> None:
         )
 
 
-def _write_inputs(run: RunPaths, plan: Plan, source: str) -> None:
+def _write_inputs(run: RunPaths, plan: Plan, as_json: dict[str, Any], source: str) -> None:
     write_text(run.config, source)
     write_json(
         run.resolved, {"config": plan.config.model_dump(mode="json"), "versions": versions()}
     )
-    write_json(run.plan, plan_to_dict(plan))
+    write_json(run.plan, as_json)
 
 
 def versions() -> dict[str, str]:
@@ -137,7 +140,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, "platform": platform.platform()}
 
 
-def _train(plan: Plan, demand: TrialDemand, run: RunPaths, console: Console) -> None:
+def _train(
+    plan: Plan, demand: TrialDemand, concurrent: int, run: RunPaths, console: Console
+) -> None:
     from orchestration import sweep
     from orchestration.tracking import make_trackers
 
@@ -156,7 +161,9 @@ def _train(plan: Plan, demand: TrialDemand, run: RunPaths, console: Console) -> 
         "reduction_factor": plan.config.reduction_factor,
     }
     trackers = make_trackers(list(plan.config.tracking), plan.name, run)
-    sweep.run_trials(trials, demand, run, scheduler=scheduler, progress=progress, trackers=trackers)
+    sweep.run_trials(
+        trials, demand, concurrent, run, scheduler=scheduler, progress=progress, trackers=trackers
+    )
 
 
 def trial_dict(

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cluster.inventory import Inventory, TrialDemand, max_concurrent_trials
+from cluster.inventory import Inventory, TrialDemand
 from orchestration.progress import Progress
 from orchestration.results import TrialRecord, best_trial, read_trials
 from orchestration.tracking import Tracker
@@ -77,6 +77,7 @@ def cluster_inventory() -> Inventory:
 def run_trials(
     trials: list[dict[str, Any]],
     demand: TrialDemand,
+    max_concurrent: int,
     run: RunPaths,
     *,
     scheduler: dict[str, Any],
@@ -89,16 +90,13 @@ def run_trials(
         trials: each trial's dict (see `run.trial_dict`), in the order in which they start.
         scheduler: {"kind": fifo | asha | median, "grace_period", "max_t", "reduction_factor"},
             all in examples.
-
-    Raises:
-        ValueError: a trial needs more than the cluster has.
+        max_concurrent: trials at once, from `max_concurrent_trials` of this cluster.
     """
     from ray import tune
 
     from orchestration.ledger import Ledger
     from orchestration.solo import solo_trial
 
-    concurrent = max_concurrent_trials(demand, cluster_inventory())
     workers = {
         "num_workers": demand.num_workers,
         "cpus_per_worker": demand.cpus_per_worker,
@@ -116,7 +114,7 @@ def run_trials(
             metric="eval_loss",
             mode="min",
             scheduler=make_scheduler(**scheduler),
-            max_concurrent_trials=concurrent,
+            max_concurrent_trials=max_concurrent,
             trial_dirname_creator=lambda trial: trial.config["trial"]["name"],
         ),
         run_config=tune.RunConfig(

@@ -21,6 +21,7 @@ from trainers.data import DataSpec, PreparedData, count_tokens, prepare_data
 from trainers.full import unfreeze
 from trainers.loop import Evaluation, Run, RunSpec, Trainer, new_run
 from trainers.meta_shape import shape_of_config
+from trainers.metrics import best_row
 from trainers.paths import TrialPaths, read_json_lines, write_json, write_json_lines
 from trainers.tokenizer import load_tokenizer
 
@@ -73,12 +74,6 @@ class TrialResult:
     def best(self) -> dict[str, Any] | None:
         """The trained row with the lowest eval_loss; None when there is none."""
         return best_row(self.rows)
-
-
-def best_row(rows: tuple[dict[str, Any], ...] | list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row with the lowest eval_loss after training began; the row at 0 examples is the base."""
-    trained = [row for row in rows if row["steps"] > 0]
-    return min(trained, key=lambda row: row["eval_loss"], default=None)
 
 
 Report = Callable[[dict[str, Any]], bool]

@@ -1,0 +1,12 @@
+"""What counts in a trial's metrics rows; read by the worker that writes them and by the results."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row with the lowest finite eval_loss after training began (the first of equals); the row
+    at 0 examples is the untouched base. None when there is none."""
+    trained = [row for row in rows if row["steps"] > 0 and math.isfinite(row["eval_loss"])]
+    return min(trained, key=lambda row: row["eval_loss"], default=None)
