@@ -85,9 +85,10 @@ class SweepConfig(BaseModel):
     """Bits per loss-bearing token; doctrine: 1."""
     capacity_policy: Literal["discard", "advisory"] = "discard"
 
-    search: Literal["grid", "random"] = "grid"
+    search: Literal["grid", "random", "optuna"] = "grid"
     num_candidates: PositiveInt | None = None
-    """Candidates to draw (random), or to keep of the grid, the doctrine's centre first."""
+    """Candidates to draw (random), to propose (optuna), or to keep of the grid, the doctrine's centre
+    first."""
     scheduler: Literal["asha", "fifo", "median"] = "asha"
     grace_period: PositiveInt | None = None
     """Examples that every trial sees before it may be stopped; default: a quarter of the budget."""
@@ -166,8 +167,8 @@ class SweepConfig(BaseModel):
             )
         if self.epochs is not None and self.examples is not None:
             raise ValueError("give epochs or examples, not both")
-        if self.search == "random" and self.num_candidates is None:
-            raise ValueError("search: random needs num_candidates")
+        if self.search != "grid" and self.num_candidates is None:
+            raise ValueError(f"search: {self.search} needs num_candidates")
         return self
 
 

@@ -16,7 +16,7 @@ from search_spaces import doctrine, pitfalls
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate, grid_candidates, random_candidates, trial_name
 from search_spaces.capacity import check_capacity
-from search_spaces.domains import SearchSpace, TargetDomain
+from search_spaces.domains import LogUniform, SearchSpace, TargetDomain
 from search_spaces.pruner import Discarded, PruneResult, cut_rank_domain, prune
 from search_spaces.space import DatasetFacts, build_space
 
@@ -43,7 +43,8 @@ class Budget:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A resolved sweep. budget and audit are None where only dataset_tokens was given; domains is
-    what capacity left of the ranks before a random search drew, empty for a grid."""
+    what capacity left of the ranks before a search draws, empty for a grid; num_proposed is how many
+    candidates Optuna will propose while the sweep runs, 0 for another search."""
 
     name: str
     config: SweepConfig
@@ -55,6 +56,7 @@ class Plan:
     space: SearchSpace
     pruned: PruneResult
     domains: tuple[TargetDomain, ...]
+    num_proposed: int
     pitfalls: tuple[pitfalls.Pitfall, ...]
     budget: Budget | None
 
@@ -85,8 +87,8 @@ def make_plan(config: SweepConfig) -> Plan:
     domains = rank_domains(space, config, shape, facts.bits)
     proposed = candidates(space, config, domains)
     pruned = prune(proposed, shape, facts.bits, policy=config.capacity_policy)
-    for candidate in pruned.admitted:
-        split_global_batch(candidate.global_batch_size, config.workers_per_trial, 1)
+    for batch_size in batch_sizes(space, config, pruned):
+        split_global_batch(batch_size, config.workers_per_trial, 1)
     found = pitfalls.find(
         shape=shape,
         space=space,
@@ -105,6 +107,7 @@ def make_plan(config: SweepConfig) -> Plan:
         space=space,
         pruned=pruned,
         domains=domains or (),
+        num_proposed=num_proposed(space, config, domains or ()),
         pitfalls=tuple(found),
         budget=make_budget(config, audit) if audit else None,
     )
@@ -146,8 +149,8 @@ def audit_of(spec: "DataSpec") -> "Audit":
 def rank_domains(
     space: SearchSpace, config: SweepConfig, shape: ModelShape, bits: int
 ) -> tuple[TargetDomain, ...] | None:
-    """What capacity leaves of the ranks for a random search, so that no draw is wasted; None for a
-    grid, whose every candidate is judged."""
+    """What capacity leaves of the ranks for a search that draws, so that no draw is wasted; None for
+    a grid, whose every candidate is judged."""
     if config.search == "grid":
         return None
     return cut_rank_domain(space, shape, bits, config.capacity_policy)
@@ -156,10 +159,32 @@ def rank_domains(
 def candidates(
     space: SearchSpace, config: SweepConfig, domains: tuple[TargetDomain, ...] | None
 ) -> Iterator[Candidate]:
-    """The candidates that the search proposes, in the order in which they would start."""
+    """The candidates that are known before the sweep, in the order in which they would start."""
+    if config.search == "optuna":
+        return iter(())
     if config.search == "random":
         return random_candidates(space, config.num_candidates or 0, config.seed, domains)
     return islice(grid_candidates(space), config.num_candidates)
+
+
+def batch_sizes(space: SearchSpace, config: SweepConfig, pruned: PruneResult) -> set[int]:
+    """Every global batch size that a trial of the sweep may have."""
+    if config.search == "optuna":
+        return set(space.global_batch_size.options)
+    return {candidate.global_batch_size for candidate in pruned.admitted}
+
+
+def num_proposed(space: SearchSpace, config: SweepConfig, domains: tuple[TargetDomain, ...]) -> int:
+    """Candidates that Optuna will propose: num_candidates, or all that a smaller space holds."""
+    if config.search != "optuna":
+        return 0
+    axes: list[Any] = [space.learning_rate, space.lora_alpha, space.global_batch_size]
+    axes += [space.lr_schedule, space.warmup, space.weight_decay, space.max_grad_norm, space.seed]
+    if any(isinstance(axis, LogUniform) and axis.low < axis.high for axis in axes):
+        return config.num_candidates or 0
+    num_points = sum(len(item.lora_ranks) * len(item.dropouts) for item in domains)
+    num_points *= math.prod(len(axis.values()) for axis in axes)
+    return min(config.num_candidates or 0, num_points)
 
 
 def make_budget(config: SweepConfig, audit: "Audit") -> Budget:
@@ -222,6 +247,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "budget": asdict(plan.budget) if plan.budget else None,
         "seq_len": plan.data_spec.seq_len if plan.data_spec else None,
         "cut_ranks": [_cut_dict(domain) for domain in plan.domains if domain.cut_lora_ranks],
+        "num_proposed": plan.num_proposed,
         "candidates": [_candidate_dict(plan, candidate) for candidate in plan.pruned.admitted],
         "discarded": [_discarded_dict(plan, item) for item in plan.pruned.discarded],
         "advised": [_discarded_dict(plan, item) for item in plan.pruned.advised],

@@ -93,6 +93,8 @@ def _settings(plan: dict[str, Any]) -> list[str]:
 
 
 def _candidates(plan: dict[str, Any]) -> list[str]:
+    if plan["num_proposed"]:
+        return [f"{plan['num_proposed']:,} candidates proposed by Optuna within the admitted space"]
     count = len(plan["candidates"])
     headers = ("rank", "learning_rate", "batch", "adapter params", "capacity", "target")
     rows = [_candidate_row(item, plan["dataset_bits"]) for item in plan["candidates"][:MAX_LISTED]]
@@ -130,7 +132,7 @@ def _pitfalls(plan: dict[str, Any]) -> list[str]:
 
 
 def cut_ranks(plan: dict[str, Any]) -> list[str]:
-    """What a random search never draws, a sentence for each target."""
+    """The ranks that a random or Optuna search never tries, a sentence for each target."""
     return [
         f"lora_rank {', '.join(map(str, cut['lora_ranks']))} on {'+'.join(cut['target'])}: "
         f"the data needs {cut['sufficient_rank']}"

@@ -1,11 +1,7 @@
 """LoRA adapters of a pack: K adapters on one frozen base, one forward for all of them.
 
-Shape legend: K active adapters, S slots of the pack, B rows of the micro-batch (K equal segments,
-adapter by adapter), T positions, R the largest lora_rank of the pack, I/O a layer's in/out features.
-
-The A and B matrices of all slots of a layer are stored in one tensor each (A_SRI, B_SOR), padded
-with zeros to R; an adapter's own parameters are views into them, and so are its gradients. A zero
-row of A meets a zero column of B, so padding adds nothing and gets a zero gradient.
+Adapters enter and leave a running pack. Their numbers live in an AdapterStore; an adapted layer does one
+batched product for all segments of the batch (lowrank.py), whatever their number.
 """
 
 import hashlib
@@ -19,7 +15,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from search_spaces.architecture import LinearShape
-from trainers.dropout import keep_mask
+from trainers.dropout import DropoutTokens, keep_mask
+from trainers.lowrank import (
+    AdaptedLinear,
+    LowRankAdded,
+    Matrices,
+    Segments,
+    make_segments,
+)
+from trainers.store import EXP_AVG, EXP_AVG_SQ, GRAD, WEIGHT, AdapterStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,163 +54,230 @@ class AdapterSpec:
 class PackContext:
     """What every adapted layer must know of the current micro-step."""
 
-    active: tuple[int, ...] = ()
-    """Slots whose rows are in the batch, in the order of the segments; empty: base alone."""
-    row_keys_B: torch.Tensor | None = None
-    """Keys of the batch's rows for dropout.keep_mask; None: no dropout (evaluation)."""
+    segments: Segments | None = None
+    """Whose rows the batch holds; None: the base alone."""
+    dropout: DropoutTokens | None = None
+    """The batch's tokens, for dropout; None: no dropout (evaluation, or no adapter has any)."""
 
 
 class AdaptedLayer(nn.Module):
-    """A frozen layer plus the low-rank products of the pack's slots."""
+    """A frozen layer plus the low-rank products of the slots that target it."""
 
-    def __init__(
-        self,
-        base: nn.Module,
-        name: str,
-        specs: Sequence[AdapterSpec],
-        targeted: Sequence[bool],
-        ctx: PackContext,
-    ) -> None:
+    def __init__(self, base: nn.Module, name: str, ctx: PackContext) -> None:
         super().__init__()
-        in_features, out_features = layer_features(base)
-        weight = base.weight
-        assert isinstance(weight, torch.Tensor)
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        largest = max(spec.lora_rank for spec in specs)
-        shape_a, shape_b = (len(specs), largest, in_features), (len(specs), out_features, largest)
-        self.base, self.ctx, self.layer_name = base, ctx, name
-        self.A_SRI = nn.Parameter(torch.zeros(shape_a, dtype=dtype, device=weight.device))
-        self.B_SOR = nn.Parameter(torch.zeros(shape_b, dtype=dtype, device=weight.device))
-        self.scaling_S = torch.tensor(
-            [spec.scaling if hit else 0.0 for spec, hit in zip(specs, targeted, strict=True)],
-            dtype=dtype,
-            device=weight.device,
-        )
-        self.specs, self.targeted = tuple(specs), tuple(targeted)
-        self.A_SRI.grad, self.B_SOR.grad = (
-            torch.zeros_like(self.A_SRI),
-            torch.zeros_like(self.B_SOR),
-        )
-        for slot, hit in enumerate(targeted):
-            if hit:
-                self._initialise(slot)
+        self.base, self.layer_name, self.ctx = base, name, ctx
+        self.hit: set[int] = set()
+        """Slots that adapt this layer."""
+        self.dropout_keys: dict[int, int] = {}
+        self.matrices: Matrices | None = None
+        self.dropout_keys_S = torch.zeros(0, dtype=torch.int64)
 
-    @torch.no_grad()
-    def _initialise(self, slot: int) -> None:
-        # U(+-1/sqrt(d_in)) is PEFT's kaiming_uniform(a=sqrt(5)) and the doctrine's A. The generator is
-        # the adapter's and the layer's own, so neighbours, K and the order of layers change nothing.
-        spec, in_features = self.specs[slot], self.A_SRI.shape[2]
-        generator = torch.Generator().manual_seed(derived_seed(spec.seed, "init", self.layer_name))
-        bound = 1 / math.sqrt(in_features)
-        values = torch.empty(spec.lora_rank, in_features, dtype=self.A_SRI.dtype)
-        self.A_SRI[slot, : spec.lora_rank] = values.uniform_(-bound, bound, generator=generator)
+    @property
+    def weight(self) -> torch.Tensor:
+        """The frozen layer's weight: model code reads it here and there."""
+        return self.base.weight  # pyright: ignore[reportReturnType]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.base(x)
-        slots = self.ctx.active
-        if not slots:
-            return out
-        A_KRI, B_KOR, scaling_K = self.A_SRI, self.B_SOR, self.scaling_S
-        if slots != tuple(range(len(self.specs))):
-            index = torch.tensor(slots, device=A_KRI.device)
-            A_KRI, B_KOR, scaling_K = A_KRI[index], B_KOR[index], scaling_K[index]
-        # The product runs in the type of the activations; the parameters and their gradients keep
-        # their own (fp32 on a bf16 base).
-        x_KNI = self._drop(x.reshape(len(slots), -1, x.shape[-1]))
-        low_KNR = torch.bmm(x_KNI, A_KRI.to(x.dtype).transpose(1, 2))
-        delta_KNO = torch.bmm(
-            low_KNR * scaling_K.to(x.dtype)[:, None, None], B_KOR.to(x.dtype).transpose(1, 2)
+        segments = self.ctx.segments
+        if segments is None or self.hit.isdisjoint(segments.slots):
+            return self.base(x)
+        keep = self._keep_mask(x, segments)
+        if type(self.base) in PLAIN_LINEARS:
+            weight, bias = self.base.weight, self.base.bias
+            return AdaptedLinear.apply(
+                x, weight, bias, segments.anchor, self.matrices, segments, keep
+            )
+        return LowRankAdded.apply(
+            x, self.base(x), segments.anchor, self.matrices, segments, keep
         )
-        return out + delta_KNO.reshape(out.shape)
 
-    def _drop(self, x_KNI: torch.Tensor) -> torch.Tensor:
-        keys_B = self.ctx.row_keys_B
-        if keys_B is None or not any(self.specs[slot].dropout for slot in self.ctx.active):
-            return x_KNI
-        keys_K = keys_B.chunk(len(self.ctx.active))
-        dropped = [
-            self._drop_one(*each) for each in zip(x_KNI, keys_K, self.ctx.active, strict=True)
-        ]
-        return torch.stack(dropped)
+    def _keep_mask(self, x: torch.Tensor, segments: Segments) -> torch.Tensor | None:
+        """The dropout mask over x, divided by what it keeps, [n, N, I]."""
+        tokens = self.ctx.dropout
+        if tokens is None:
+            return None
+        count = len(segments.slots)
+        keys_n = self.dropout_keys_S[segments.index]
+        keys_M = keys_n.repeat_interleave(len(tokens.keys_M) // count)
+        kept_MI = keep_mask(tokens, keys_M, x.shape[-1])
+        scaled = kept_MI / (1 - tokens.rates_M.double())[:, None]
+        return scaled.to(x.dtype).view(count, -1, x.shape[-1])
 
-    def _drop_one(self, x_NI: torch.Tensor, keys: torch.Tensor, slot: int) -> torch.Tensor:
-        spec = self.specs[slot]
-        if not spec.dropout:
-            return x_NI
-        layer_key = derived_seed(spec.seed, "dropout", self.layer_name)
-        positions = x_NI.shape[0] // len(keys)
-        kept = keep_mask(keys, layer_key, positions, x_NI.shape[1], spec.dropout)
-        return x_NI * kept.reshape(x_NI.shape) / (1 - spec.dropout)
+
+PLAIN_LINEARS: set[type] = {nn.Linear}
+"""Layers whose product is x W^T + b with W as it is stored (base_model.py adds its own)."""
 
 
 @dataclass
 class Slot:
     """One trainable unit of a pack: an adapter, or (full.py) the whole model.
 
-    parameters: name -> parameter, with gradients that `backward` of the pack's loss fills. The
-    names are PEFT's own for an adapter and the model's for full fine-tuning.
+    Args:
+        parameters: name -> weights; PEFT's own names for an adapter, the model's for full fine-tuning.
+        gradients: name -> what `backward` of the pack's loss fills.
+        moments: name -> AdamW's two moments.
+        weights, grads, exp_avgs, exp_avg_sqs: the same numbers as the optimizer steps them: one
+            contiguous row of an adapter, or a tensor for each parameter.
     """
 
-    parameters: dict[str, nn.Parameter]
     spec: AdapterSpec | None
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    weights: list[torch.Tensor] = field(default_factory=list)
+    grads: list[torch.Tensor] = field(default_factory=list)
+    exp_avgs: list[torch.Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[torch.Tensor] = field(default_factory=list)
+
+    def zero_grad(self) -> None:
+        """Empties the gradients in place."""
+        torch._foreach_zero_(self.grads)
 
 
-@dataclass
 class Pack:
-    """A base with its slots. `model(...)` computes what `ctx.active` says."""
+    """A base with its slots. `model(...)` computes what `ctx.segments` says."""
 
-    model: PreTrainedModel
-    slots: list[Slot]
-    ctx: PackContext
-    layers: dict[str, AdaptedLayer] = field(default_factory=dict)
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.ctx = model, PackContext()
+        self.device = model.device
+        self.slots: dict[int, Slot] = {}
+        self.layers: dict[str, AdaptedLayer] = {}
+        first = next(p for p in model.parameters() if p.is_floating_point())
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self.store = AdapterStore(dtype, self.device)
+        self._anchor = torch.zeros((), device=self.device, requires_grad=True)
+
+    def enter(self, spec: AdapterSpec) -> int:
+        """Puts a new adapter into the first free slot and returns the slot's index.
+
+        Every layer that the spec asks for must be there in every layer of the model, with the sizes
+        that the ModelShape says; otherwise the pack stays as it is.
+
+        Raises:
+            ValueError: a target that matches fewer or other layers than its ModelShape says, or
+                fused experts (3-D parameters), which this version does not train.
+        """
+        names = matching_layers(self.model, spec.linears)
+        index = next(i for i in range(len(self.slots) + 1) if i not in self.slots)
+        self.reserve(index + 1, spec.lora_rank, names)
+        slot = self.slots[index] = Slot(spec=spec)
+        for name in names:
+            layer = self.layers[name]
+            layer.hit.add(index)
+            layer.dropout_keys[index] = derived_seed(spec.seed, "dropout", name)
+        self._bind_slot(index, slot)
+        self._bind_layers()
+        self._initialise(slot)
+        return index
+
+    def leave(self, index: int) -> None:
+        """Frees a slot; nothing of the adapter stays."""
+        del self.slots[index]
+        for layer in self.layers.values():
+            layer.hit.discard(index)
+            layer.dropout_keys.pop(index, None)
+        self.store.clear(index)
+
+    def reserve(self, num_slots: int, max_rank: int, layers: Iterable[str]) -> None:
+        """Makes room beforehand, so that adapters enter without moving memory."""
+        features = {}
+        for name in layers:
+            module = self.model.get_submodule(name)
+            base = module.base if isinstance(module, AdaptedLayer) else module
+            features[name] = layer_features(base)
+            if not isinstance(module, AdaptedLayer):
+                self.layers[name] = AdaptedLayer(module, name, self.ctx)
+                self.model.set_submodule(name, self.layers[name])
+        if self.store.reserve(num_slots, max_rank, features):
+            for index, slot in self.slots.items():
+                self._bind_slot(index, slot)
+            self._bind_layers()
+
+    def activate(self, slots: Sequence[int], dropout: DropoutTokens | None = None) -> None:
+        """Says whose rows come next: equal segments, slot by slot. Empty: the base alone."""
+        ranks = [spec.lora_rank for i in slots if (spec := self.slots[i].spec)]
+        self.ctx.segments = (
+            make_segments(tuple(slots), max(ranks), self._anchor, self.device) if ranks else None
+        )
+        self.ctx.dropout = dropout
+
+    def eject(self) -> None:
+        """Takes the adapters off again; the base is what it was."""
+        for name, layer in self.layers.items():
+            self.model.set_submodule(name, layer.base)
+        self.slots.clear()
+        self.layers.clear()
+
+    def _bind_slot(self, index: int, slot: Slot) -> None:
+        """Takes the slot's views of the store."""
+        assert slot.spec is not None
+        names = [name for name, layer in self.layers.items() if index in layer.hit]
+        views = [
+            adapter_views(self.store, kind, index, slot.spec.lora_rank, sorted(names))
+            for kind in (WEIGHT, GRAD, EXP_AVG, EXP_AVG_SQ)
+        ]
+        slot.parameters, slot.gradients = views[0], views[1]
+        slot.moments = {name: (views[2][name], views[3][name]) for name in views[2]}
+        rows = [[self.store.row(kind, index)] for kind in (WEIGHT, GRAD, EXP_AVG, EXP_AVG_SQ)]
+        slot.weights, slot.grads, slot.exp_avgs, slot.exp_avg_sqs = rows
+
+    def _bind_layers(self) -> None:
+        """Gives the layers their views of the store."""
+        count, store = self.store.num_slots, self.store
+        scalings = [
+            slot.spec.scaling if (slot := self.slots.get(i)) and slot.spec else 0.0
+            for i in range(count)
+        ]
+        for name, layer in self.layers.items():
+            if name not in store.A_4SRI:
+                continue
+            A, B = store.A_4SRI[name], store.B_4SRO[name]
+            hit = [scalings[i] if i in layer.hit else 0.0 for i in range(count)]
+            scaling_S = torch.tensor(hit, dtype=store.dtype, device=self.device)
+            layer.matrices = Matrices(A[WEIGHT], B[WEIGHT], A[GRAD], B[GRAD], scaling_S)
+            keys = [layer.dropout_keys.get(i, 0) for i in range(count)]
+            layer.dropout_keys_S = torch.tensor(keys, dtype=torch.int64, device=self.device)
+
+    @staticmethod
+    def _initialise(slot: Slot) -> None:
+        # U(+-1/sqrt(d_in)) is PEFT's kaiming_uniform(a=sqrt(5)) and the doctrine's A. The generator is
+        # the adapter's and the layer's own, so neighbours, K and the order of layers change nothing.
+        assert slot.spec is not None
+        for name, view in slot.parameters.items():
+            if ".lora_A." in name:
+                layer = name.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
+                seed = derived_seed(slot.spec.seed, "init", layer)
+                bound = 1 / math.sqrt(view.shape[1])
+                values = torch.empty(view.shape, dtype=view.dtype)
+                generator = torch.Generator().manual_seed(seed)
+                view.copy_(values.uniform_(-bound, bound, generator=generator))
+
+
+PEFT_PREFIX = "base_model.model."
+
+
+def adapter_views(
+    store: AdapterStore, kind: int, slot: int, lora_rank: int, layers: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """A slot's numbers of a kind under PEFT's names: A [R, I] and B [O, R] of each layer."""
+    views: dict[str, torch.Tensor] = {}
+    for name in layers:
+        views[f"{PEFT_PREFIX}{name}.lora_A.weight"] = store.A_4SRI[name][kind, slot, :lora_rank]
+        views[f"{PEFT_PREFIX}{name}.lora_B.weight"] = store.B_4SRO[name][kind, slot, :lora_rank].T
+    return views
 
 
 def inject(model: PreTrainedModel, specs: Sequence[AdapterSpec]) -> Pack:
-    """Puts K adapters on a frozen base.
-
-    Every layer that a spec asks for must be there in every layer of the model, with the sizes that
-    the ModelShape says; otherwise nothing is injected.
+    """A pack of K adapters on a frozen base, all of them active.
 
     Raises:
-        ValueError: a target that matches fewer or other layers than its ModelShape says, or fused
-            experts (3-D parameters), which this version does not train.
+        ValueError: as `Pack.enter`; nothing is injected.
     """
-    hits = [matching_layers(model, spec.linears) for spec in specs]
-    ctx = PackContext(active=tuple(range(len(specs))))
-    layers: dict[str, AdaptedLayer] = {}
-    for name in sorted(set().union(*hits)):
-        layer = AdaptedLayer(
-            model.get_submodule(name), name, specs, [name in hit for hit in hits], ctx
-        )
-        layers[name] = layer
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
-    slots = [Slot(parameters=_views(layers, index), spec=spec) for index, spec in enumerate(specs)]
-    return Pack(model=model, slots=slots, ctx=ctx, layers=layers)
-
-
-def eject(pack: Pack) -> None:
-    """Takes the adapters off again; the base is what it was."""
-    for name, layer in pack.layers.items():
-        pack.model.set_submodule(name, layer.base)
-
-
-def _views(layers: dict[str, AdaptedLayer], slot: int) -> dict[str, nn.Parameter]:
-    parameters: dict[str, nn.Parameter] = {}
-    for name, layer in layers.items():
-        if not layer.targeted[slot]:
-            continue
-        lora_rank = layer.specs[slot].lora_rank
-        pairs = (
-            ("lora_A", layer.A_SRI, (slot, slice(0, lora_rank))),
-            ("lora_B", layer.B_SOR, (slot, slice(None), slice(0, lora_rank))),
-        )
-        for kind, stored, index in pairs:
-            view = nn.Parameter(stored.detach()[index])
-            assert stored.grad is not None
-            view.grad = stored.grad[index]
-            parameters[f"base_model.model.{name}.{kind}.weight"] = view
-    return parameters
+    names = set().union(*(matching_layers(model, spec.linears) for spec in specs))
+    pack = Pack(model)
+    pack.reserve(len(specs), max(spec.lora_rank for spec in specs), names)
+    pack.activate([pack.enter(spec) for spec in specs])
+    return pack
 
 
 def matching_layers(model: nn.Module, linears: Iterable[LinearShape]) -> set[str]:
@@ -215,7 +286,7 @@ def matching_layers(model: nn.Module, linears: Iterable[LinearShape]) -> set[str
     Raises:
         ValueError: a wrong number of layers, a wrong size, or fused experts.
     """
-    modules = dict(model.named_modules())
+    modules = {name.removesuffix(".base"): module for name, module in model.named_modules()}
     found: set[str] = set()
     for linear in linears:
         if linear.component == "experts":
@@ -252,11 +323,13 @@ def _check_matches(linear: LinearShape, names: list[str], modules: dict[str, nn.
 
 
 def layer_features(layer: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a Linear, Linear4bit or Conv1D.
+    """(in_features, out_features) of a Linear, Linear4bit or Conv1D, adapted or not.
 
     Raises:
         ValueError: another kind of module.
     """
+    if isinstance(layer, AdaptedLayer):
+        return layer_features(layer.base)
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     if isinstance(layer, Conv1D):

@@ -1,9 +1,9 @@
 """Which rows a step trains on, on which worker, and the tensors of a micro-batch.
 
-Shape legend: B rows, T positions, K adapters.
+Shape legend: n segments of h rows, B = n h rows, T positions, M loss-bearing positions (with padding).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,20 +13,41 @@ import torch
 if TYPE_CHECKING:
     from trainers.data import TokenizedSet
 
+LOSS_BLOCK = 64
+"""Loss-bearing positions of a block where the segments have very different numbers of them."""
+MAX_PADDING = 1.1
+"""Up to this many computed positions per loss-bearing one, segments are padded to the longest."""
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class LossBlocks:
+    """The loss-bearing positions of a batch in equal blocks, each of one segment.
+
+    Args:
+        index_M: where in the flattened [B T] hidden states each prediction is made; padding repeats
+            a position of its own segment.
+        targets_M: the token to predict, IGNORED for padding.
+        segment_of_block: segment of each block; blocks have M / len(segment_of_block) positions.
+    """
+
+    index_M: torch.Tensor
+    targets_M: torch.Tensor
+    segment_of_block: tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch on the device.
 
-    rows_B: which row of the set each is, -1 for padding. ids_BT: token ids, right-padded. loss_BT:
-    whether position t's token is predicted and counted (never at t = 0). No attention mask: the
-    model is causal and padding stands to the right, so a real token never sees it, and the loss
-    never reads a padded position.
+    rows_B: which row of the set each is, -1 for padding. ids_BT: token ids, right-padded. No attention
+    mask: the model is causal and padding stands to the right, so a real token never sees it, and
+    the loss never reads a padded position. loss: None where no position is counted.
     """
 
     rows_B: torch.Tensor
     ids_BT: torch.Tensor
-    loss_BT: torch.Tensor
+    loss: LossBlocks | None
 
 
 class RowSource:
@@ -40,24 +61,57 @@ class RowSource:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def batch(self, segments: Sequence[np.ndarray]) -> Batch:
-        """The rows of K adapters, one segment each, all padded to the longest row and to the
-        largest segment; a padding row has one position and no loss."""
+    def batch(self, segments: Sequence[np.ndarray], max_block: int = 1 << 30) -> Batch:
+        """The rows of n adapters, one segment each, all padded to the longest row and to the largest
+        segment; a padding row has no loss. max_block: most positions of a loss block."""
         height = max(1, *(len(segment) for segment in segments))
         width = max(2, *(int(self.lengths[s].max(initial=0)) for s in segments))
         ids = np.full((len(segments) * height, width), self.pad_id, dtype=np.int64)
         loss, rows = np.zeros(ids.shape, dtype=bool), np.full(len(ids), -1, dtype=np.int64)
         for k, segment in enumerate(segments):
-            for offset, row in enumerate(segment):
+            for at, row in enumerate(segment, start=k * height):
                 example = self.rows.example(int(row))
-                at = k * height + offset
                 rows[at] = row
                 ids[at, : len(example.input_ids)] = example.input_ids
                 loss[at, : len(example.loss_mask)] = example.loss_mask
-        rows_B, ids_BT, loss_BT = (
-            torch.from_numpy(array).to(self.device) for array in (rows, ids, loss)
+        return Batch(
+            rows_B=self._on_device(rows),
+            ids_BT=self._on_device(ids),
+            loss=self._loss_blocks(ids, loss, height, max_block),
         )
-        return Batch(rows_B=rows_B, ids_BT=ids_BT, loss_BT=loss_BT)
+
+    def _loss_blocks(
+        self, ids: np.ndarray, loss: np.ndarray, height: int, max_block: int
+    ) -> LossBlocks | None:
+        # Position t - 1 predicts token t, which is never the first.
+        flat = np.flatnonzero(loss)
+        counts = np.bincount(flat // (height * ids.shape[1]), minlength=len(ids) // height)
+        if not len(flat):
+            return None
+        index, targets, segment_of_block = [], [], []
+        size = block_size(counts, max_block)
+        for segment, part in enumerate(np.split(flat, np.cumsum(counts)[:-1])):
+            blocks = -(-len(part) // size)
+            padding = blocks * size - len(part)
+            index += [part - 1, np.repeat(part[:1] - 1, padding)]
+            targets += [ids.reshape(-1)[part], np.full(padding, IGNORED)]
+            segment_of_block += [segment] * blocks
+        return LossBlocks(
+            index_M=self._on_device(np.concatenate(index)),
+            targets_M=self._on_device(np.concatenate(targets)),
+            segment_of_block=tuple(segment_of_block),
+        )
+
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def block_size(counts: np.ndarray, max_block: int) -> int:
+    """Positions of a loss block: an even part of the largest segment where that pads little."""
+    largest = int(counts.max())
+    even = -(-largest // -(-largest // max_block))
+    padded = sum(-(-int(count) // even) * even for count in counts)
+    return even if padded <= MAX_PADDING * counts.sum() else min(LOSS_BLOCK, even)
 
 
 def example_order(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
@@ -69,20 +123,35 @@ def example_order(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray
     return np.concatenate(orders)[first : first + stop - start]
 
 
-def worker_micro_batches(
-    indices: np.ndarray,
-    lengths: np.ndarray,
-    micro_batch_size: int,
-    world_rank: int,
-    world_size: int,
-) -> Iterator[np.ndarray]:
-    """This worker's share of a global batch, in micro-batches of rows of like length.
+@dataclass
+class Share:
+    """What one worker still has to do of a global batch: its rows, longest first.
 
     Sorting by length saves padding and changes no gradient but by rounding: the loss is a sum over
-    the global batch. Every worker yields the same number of micro-batches (the last may be empty).
+    the global batch. All workers have equal shares to within one row, and must cut them alike:
+    lengths are those of world rank 0's share, which has the longest row at every place.
     """
-    by_length = indices[np.argsort(-lengths[indices], kind="stable")]
-    share = by_length[world_rank::world_size]
-    most_rows = -(-len(indices) // world_size)
-    for start in range(0, most_rows, micro_batch_size):
-        yield share[start : start + micro_batch_size]
+
+    rows: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def of(
+        cls, indices: np.ndarray, lengths: np.ndarray, world_rank: int, world_size: int
+    ) -> "Share":
+        by_length = indices[np.argsort(-lengths[indices], kind="stable")]
+        return cls(by_length[world_rank::world_size], lengths[by_length[::world_size]])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row that is left."""
+        return int(self.lengths[0])
+
+    def take(self, num_rows: int) -> np.ndarray:
+        """The longest rows that are left; they count as done."""
+        taken, self.rows = self.rows[:num_rows], self.rows[num_rows:]
+        self.lengths = self.lengths[num_rows:]
+        return taken

@@ -14,6 +14,7 @@ from trainers.paths import existing_folder, read_json, replace_folder, temporary
 
 ADAPTER_FILE = "adapter_model.safetensors"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_checkpoint(
@@ -89,8 +90,8 @@ def load_checkpoint(run: Run, folder: Path) -> bool:
 
 def lora_config(pack: Pack, spec: AdapterSpec, base_name: str, revision: str | None) -> LoraConfig:
     """The PEFT config that rebuilds this adapter on the same base."""
-    slot = next(index for index, candidate in enumerate(pack.slots) if candidate.spec is spec)
-    layers = {name: layer for name, layer in pack.layers.items() if layer.targeted[slot]}
+    slot = next(index for index, one in pack.slots.items() if one.spec is spec)
+    layers = {name: layer for name, layer in pack.layers.items() if slot in layer.hit}
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
@@ -115,20 +116,13 @@ def _target_names(pack: Pack, spec: AdapterSpec, layers: dict[str, AdaptedLayer]
 
 def _optimizer_tensors(run: Run) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in run.slot.parameters.items():
-        for key, value in run.optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}|{key}"] = value.detach().contiguous().clone()
+    for name, moments in run.slot.moments.items():
+        for key, value in zip(MOMENTS, moments, strict=True):
+            tensors[f"{name}|{key}"] = value.detach().contiguous()
     return tensors
 
 
 def _restore_optimizer(run: Run, tensors: dict[str, torch.Tensor]) -> None:
-    states: dict[str, dict[str, Any]] = {}
-    for joined, value in tensors.items():
-        name, key = joined.rsplit("|", 1)
-        states.setdefault(name, {})[key] = value
-    for name, parameter in run.slot.parameters.items():
-        if name in states:
-            run.optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device)
-                for key, value in states[name].items()
-            }
+    for name, moments in run.slot.moments.items():
+        for key, value in zip(MOMENTS, moments, strict=True):
+            value.copy_(tensors[f"{name}|{key}"])

@@ -2,6 +2,7 @@
 
 import resource
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,10 +22,12 @@ class Comm:
             dist.all_reduce(tensor)
         return tensor
 
-    def sum_gradients(self, gradients: Sequence[torch.Tensor], nats: torch.Tensor) -> float:
+    def sum_gradients(
+        self, gradients: Sequence[torch.Tensor], nats: torch.Tensor
+    ) -> torch.Tensor:
         """Sums the gradients in place and returns the summed nats: one collective for both."""
         if self.world_size == 1:
-            return float(nats)
+            return nats
         flat = torch.cat(
             [*(g.reshape(-1) for g in gradients), nats.reshape(1).to(gradients[0].dtype)]
         )
@@ -33,7 +36,15 @@ class Comm:
         for gradient in gradients:
             gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
             offset += gradient.numel()
-        return float(flat[-1])
+        return flat[-1].double()
+
+    def share(self, value: Any) -> Any:
+        """World rank 0's value, on all workers."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
 
     def peak_bytes(self, device: torch.device) -> int:
         """Peak bytes of this worker: of the GPU's allocator, or of the process on a CPU."""

@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from trainers.adapters import Pack, PackContext, Slot
+from trainers.adapters import Pack, Slot
 from trainers.base_model import nf4_layer_names
 
 
@@ -27,4 +27,36 @@ def unfreeze(model: PreTrainedModel) -> Pack:
     parameters = dict(model.named_parameters())
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
-    return Pack(model=model, slots=[Slot(parameters=parameters, spec=None)], ctx=PackContext())
+    pack = Pack(model)
+    pack.slots[0] = _slot(parameters)
+    return pack
+
+
+def _slot(parameters: dict[str, torch.nn.Parameter]) -> Slot:
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in gradients.items()}
+    return Slot(
+        spec=None,
+        parameters=dict(parameters),
+        gradients=gradients,
+        moments=moments,
+        weights=list(parameters.values()),
+        grads=list(gradients.values()),
+        exp_avgs=[first for first, _ in moments.values()],
+        exp_avg_sqs=[second for _, second in moments.values()],
+    )
+
+
+class BaseWeights:
+    """A copy of a base's weights, so that a warm worker can train all of them and give them back."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.copies = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def restore(self, model: PreTrainedModel) -> None:
+        """The model as it was: weights bit for bit, frozen, no gradients held."""
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.copies[name])
+            parameter.grad = None
+            parameter.requires_grad_(False)

@@ -1,11 +1,9 @@
 """The training loop: K >= 1 adapters on one frozen base (or a whole model, K = 1, in full.py).
 
-One forward and one backward per micro-step serve all adapters of the pack. Each adapter has its own
+One forward and one backward per micro-step serve as many adapters as fill it. Each adapter has its own
 optimizer, schedule, data order, global batch and budget; it steps when ITS batch is full. The loss
 of a step is the sum over its global batch of the nats of the loss-bearing tokens, divided by their
 number, whatever the micro-batch size and the number of workers.
-
-Shape legend: K active adapters, B rows (K segments), T positions, V vocabulary, N loss-bearing tokens.
 """
 
 import math
@@ -16,14 +14,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from trainers.adapters import Pack, Slot
-from trainers.batches import Batch, RowSource, example_order, worker_micro_batches
+from trainers.batches import Batch, RowSource, Share, example_order
 from trainers.comm import Comm
-from trainers.dropout import row_keys
-
-ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
+from trainers.composer import ForwardLimits, next_forward
+from trainers.dropout import DropoutTokens, row_keys, row_tokens
+from trainers.head import LossHead
+from trainers.optimizer import adamw_step, clip_gradients, grad_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,25 +66,31 @@ def scheduled_lr(spec: RunSpec, step: int) -> float:
     return spec.learning_rate * factor[spec.lr_schedule]
 
 
-@dataclass
+Status = Literal["running", "waiting", "finished", "diverged", "stopped", "failed"]
+"""waiting: at an evaluation that nobody has asked for yet (pack_server.py)."""
+
+
+@dataclass(eq=False)
 class Run:
     """One adapter's training state. Everything but tensors is in `counters`."""
 
     spec: RunSpec
     slot_index: int
     slot: Slot
-    optimizer: torch.optim.Optimizer
     examples: int = 0
     steps: int = 0
     tokens: int = 0
     loss_tokens: int = 0
     seconds: float = 0.0
-    status: Literal["running", "finished", "diverged", "stopped"] = "running"
+    status: Status = "running"
     reason: str = ""
     grad_norm: float = 0.0
     last_lr: float = 0.0
     since_report: list[tuple[float, int]] = field(default_factory=list)
-    pending: list[np.ndarray] = field(default_factory=list)
+    share: Share | None = None
+    """This worker's rest of the global batch; None between two batches."""
+    rows_done: float = 0.0
+    """Rows this pack gave the run: who has least comes next. Not a part of its state."""
     batch_rows: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     batch_loss_tokens: int = 0
     batch_nats: torch.Tensor | None = None
@@ -98,18 +102,19 @@ class Run:
         """What a checkpoint must restore beside weights and optimizer state."""
         return {name: getattr(self, name) for name in self.COUNTERS}
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the run stands at an evaluation: at its start, at a multiple of eval_every (the
+        first step at or after it), or at the end of its budget."""
+        if self.share is not None:
+            return False
+        before, every = self.examples - len(self.batch_rows), self.spec.eval_every
+        return self.examples >= self.spec.num_examples or self.examples // every > before // every
+
 
 def new_run(pack: Pack, slot_index: int, spec: RunSpec) -> Run:
     """A run at its first step, with its own AdamW."""
-    slot = pack.slots[slot_index]
-    optimizer = torch.optim.AdamW(
-        list(slot.parameters.values()),
-        lr=spec.learning_rate,
-        betas=ADAM_BETAS,
-        eps=ADAM_EPS,
-        weight_decay=spec.weight_decay,
-    )
-    return Run(spec=spec, slot_index=slot_index, slot=slot, optimizer=optimizer)
+    return Run(spec=spec, slot_index=slot_index, slot=pack.slots[slot_index])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +139,7 @@ OnEvaluation = Callable[[Run, Evaluation], bool]
 
 
 class Trainer:
-    """Trains the runs of a pack to the end of their budgets."""
+    """Trains the runs of a pack, a micro-step at a time."""
 
     def __init__(
         self,
@@ -142,70 +147,88 @@ class Trainer:
         train: RowSource,
         held_out: RowSource,
         *,
-        micro_batch_size: int,
+        limits: ForwardLimits,
         comm: Comm | None = None,
-        eval_batch_size: int = 16,
     ) -> None:
-        self.pack, self.train_rows, self.held_out = pack, train, held_out
-        self.micro_batch_size, self.eval_batch_size = micro_batch_size, eval_batch_size
+        self.pack, self.train_rows, self.held_out, self.limits = pack, train, held_out, limits
         self.comm = comm or Comm()
+        self.head = LossHead(pack)
+        self._base_loss: tuple[float, float] | None = None
 
     def run(self, runs: Sequence[Run], on_evaluation: OnEvaluation) -> None:
         """Trains until no run is running. The state of each run tells how it ended."""
-        self._evaluate([run for run in runs if run.examples == 0], on_evaluation)
+        for run in runs:
+            if run.examples == 0:
+                self.evaluate(run, on_evaluation)
         while active := [run for run in runs if run.status == "running"]:
-            began = time.perf_counter()
-            for run in active:
-                if not run.pending:
-                    self._begin_batch(run)
-            self._micro_step(active)
-            full = [run for run in active if not run.pending]
-            for run in full:
-                self._optimizer_step(run)
-            for run in active:
-                run.seconds += (time.perf_counter() - began) / len(active)
-            self._evaluate([run for run in full if self._evaluation_is_due(run)], on_evaluation)
+            for run in self.advance(active):
+                self.evaluate(run, on_evaluation)
+
+    def advance(self, active: Sequence[Run]) -> list[Run]:
+        """One forward and backward for the runs whose turn it is, and the optimizer steps of those
+        whose global batch is full. Returns the runs that stand at an evaluation now."""
+        began = time.perf_counter()
+        for run in active:
+            if run.share is None:
+                self._begin_batch(run)
+        parts = next_forward(active, self.limits)
+        chosen = [run for run, _ in parts]
+        self._micro_step(chosen, [rows for _, rows in parts])
+        full = [run for run in chosen if not run.share]
+        self._optimizer_steps(full)
+        for run in chosen:
+            run.seconds += (time.perf_counter() - began) / len(chosen)
+        return [run for run in full if run.status == "running" and run.is_due]
 
     def _begin_batch(self, run: Run) -> None:
         stop = min(run.examples + run.spec.global_batch_size, run.spec.num_examples)
         rows = example_order(len(self.train_rows), run.spec.seed, run.examples, stop)
-        lengths = self.train_rows.lengths
-        run.pending = list(
-            worker_micro_batches(
-                rows, lengths, self.micro_batch_size, self.comm.world_rank, self.comm.world_size
-            )
-        )
+        lengths, comm = self.train_rows.lengths, self.comm
+        run.share = Share.of(rows, lengths, comm.world_rank, comm.world_size)
         run.batch_rows = rows
         run.batch_loss_tokens = int(self.train_rows.loss_tokens[rows].sum())
         run.batch_nats = None
 
-    def _micro_step(self, active: Sequence[Run]) -> None:
-        batch = self.train_rows.batch([run.pending.pop(0) for run in active])
-        self._activate(active, self._row_keys(batch, active))
-        nats_K = segment_nats(self.pack, batch, len(active))
-        scale_K = torch.tensor([1 / run.batch_loss_tokens for run in active], dtype=nats_K.dtype)
-        (nats_K * scale_K.to(nats_K.device)).sum().backward()
-        for run, nats in zip(active, nats_K.detach(), strict=True):
+    def _micro_step(self, chosen: list[Run], rows: list[np.ndarray]) -> None:
+        batch = self.train_rows.batch(rows, self.head.max_positions)
+        slots = tuple(run.slot_index for run in chosen if run.slot.spec is not None)
+        scales = [1 / run.batch_loss_tokens for run in chosen]
+        dropout = self._dropout(batch, chosen)
+        for run, nats in zip(
+            chosen, self.head.train_nats(batch, slots, scales, dropout), strict=True
+        ):
             run.batch_nats = nats if run.batch_nats is None else run.batch_nats + nats
 
-    def _optimizer_step(self, run: Run) -> None:
-        parameters = list(run.slot.parameters.values())
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        assert run.batch_nats is not None
-        nats = self.comm.sum_gradients(gradients, run.batch_nats)
-        loss, norm = nats / run.batch_loss_tokens, torch.nn.utils.get_total_norm(gradients)
-        run.grad_norm = float(norm)
-        if not self._is_finite(run, loss, run.grad_norm):
-            run.optimizer.zero_grad(set_to_none=False)
+    @staticmethod
+    def _dropout(batch: Batch, chosen: list[Run]) -> DropoutTokens | None:
+        rates = [run.slot.spec.dropout if run.slot.spec else 0.0 for run in chosen]
+        if not any(rates):
+            return None
+        rows_n = batch.rows_B.chunk(len(chosen))
+        keys = [row_keys(rows, run.steps) for rows, run in zip(rows_n, chosen, strict=True)]
+        rates_B = torch.tensor(rates, device=batch.rows_B.device).repeat_interleave(len(rows_n[0]))
+        return row_tokens(torch.cat(keys), rates_B, batch.ids_BT.shape[1])
+
+    def _optimizer_steps(self, full: Sequence[Run]) -> None:
+        if not full:
             return
+        nats = [self.comm.sum_gradients(run.slot.grads, _nats_of(run)) for run in full]
+        norms = [grad_norm(run.slot) for run in full]
+        # The only numbers that the host waits for: once for all runs of this step.
+        values = torch.stack([*nats, *(norm.double() for norm in norms)]).tolist()
+        for at, run in enumerate(full):
+            run.share, run.grad_norm = None, values[len(full) + at]
+            if self._is_finite(run, values[at] / run.batch_loss_tokens):
+                self._optimizer_step(run, norms[at])
+                self._count(run, values[at])
+            run.slot.zero_grad()
+
+    @staticmethod
+    def _optimizer_step(run: Run, norm: torch.Tensor) -> None:
         if run.spec.max_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, run.spec.max_grad_norm, norm)
+            clip_gradients(run.slot, norm, run.spec.max_grad_norm)
         run.last_lr = scheduled_lr(run.spec, run.steps)
-        for group in run.optimizer.param_groups:
-            group["lr"] = run.last_lr
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=False)  # the gradients are views: they must stay
-        self._count(run, nats)
+        adamw_step(run.slot, run.steps, lr=run.last_lr, weight_decay=run.spec.weight_decay)
 
     def _count(self, run: Run, nats: float) -> None:
         run.steps += 1
@@ -215,40 +238,33 @@ class Trainer:
         run.since_report.append((nats, run.batch_loss_tokens))
 
     @staticmethod
-    def _is_finite(run: Run, loss: float, grad_norm: float) -> bool:
+    def _is_finite(run: Run, loss: float) -> bool:
         # The loss and the gradients are summed over the workers, so all of them decide alike.
-        for name, value in (("train_loss", loss), ("grad_norm", grad_norm)):
+        for name, value in (("train_loss", loss), ("grad_norm", run.grad_norm)):
             if not math.isfinite(value):
                 run.status, run.reason = "diverged", f"{name} {value} at step {run.steps + 1}"
                 return False
         return True
 
-    def _evaluation_is_due(self, run: Run) -> bool:
-        if run.status != "running":
-            return False
-        before = run.examples - len(run.batch_rows)
-        every = run.spec.eval_every
-        return run.examples >= run.spec.num_examples or run.examples // every > before // every
-
-    def _evaluate(self, due: Sequence[Run], on_evaluation: OnEvaluation) -> None:
-        if not due:
-            return
-        losses, bits = self.eval_losses(due)
-        for run, eval_loss, bits_per_byte in zip(due, losses, bits, strict=True):
-            self._conclude(run, eval_loss, bits_per_byte, on_evaluation)
-
-    def _conclude(
-        self, run: Run, eval_loss: float, bits_per_byte: float, on_evaluation: OnEvaluation
-    ) -> None:
+    def evaluate(self, run: Run, on_evaluation: OnEvaluation) -> None:
+        """Evaluates a run and tells; it ends here if its budget is used up, its loss is not finite,
+        or the answer is no."""
+        eval_loss, bits_per_byte = self._losses(run)
         if not math.isfinite(eval_loss):
             run.status, run.reason = "diverged", f"eval_loss {eval_loss} at step {run.steps}"
             return
-        nats, tokens = (
-            (sum(part) for part in zip(*run.since_report, strict=True))
-            if run.since_report
-            else (0.0, 0)
-        )
-        evaluation = Evaluation(
+        evaluation = self._evaluation(run, eval_loss, bits_per_byte)
+        run.since_report.clear()
+        if run.examples >= run.spec.num_examples:
+            run.status = "finished"
+        if not on_evaluation(run, evaluation) and run.status == "running":
+            run.status, run.reason = "stopped", "stopped by its scheduler"
+
+    def _evaluation(self, run: Run, eval_loss: float, bits_per_byte: float) -> Evaluation:
+        nats, tokens = (sum(part) for part in zip(*run.since_report, strict=True)) if (
+            run.since_report
+        ) else (0.0, 0)
+        return Evaluation(
             examples=run.examples,
             steps=run.steps,
             tokens=run.tokens,
@@ -261,49 +277,32 @@ class Trainer:
             grad_norm=run.grad_norm,
             peak_bytes=self.comm.peak_bytes(self.held_out.device),
         )
-        run.since_report.clear()
-        if run.examples >= run.spec.num_examples:
-            run.status = "finished"
-        if not on_evaluation(run, evaluation) and run.status == "running":
-            run.status, run.reason = "stopped", "stopped by its scheduler"
 
-    @torch.no_grad()
-    def eval_losses(self, runs: Sequence[Run]) -> tuple[list[float], list[float]]:
-        """Held-out loss of each run: (nats/token, bits/byte), both over all loss-bearing tokens."""
-        self._activate(runs, None)
+    def _losses(self, run: Run) -> tuple[float, float]:
+        """eval_losses of a run. Before its first step every run is the base, which is evaluated once."""
+        if run.steps > 0:
+            return self.eval_losses(run)
+        if self._base_loss is None:
+            self._base_loss = self.eval_losses(None)
+        return self._base_loss
+
+    def eval_losses(self, run: Run | None) -> tuple[float, float]:
+        """Held-out loss of a run, or of the base: nats/token and bits/byte, over all loss-bearing
+        tokens."""
+        slot = run.slot_index if run and run.slot.spec is not None else None
         order = np.argsort(-self.held_out.lengths, kind="stable")
         share = order[self.comm.world_rank :: self.comm.world_size]
-        nats_K = torch.zeros(len(runs), dtype=torch.float64, device=self.held_out.device)
-        for start in range(0, len(share), self.eval_batch_size):
-            rows = share[start : start + self.eval_batch_size]
-            batch = self.held_out.batch([rows] * len(runs))
-            nats_K += segment_nats(self.pack, batch, len(runs)).double()
-        nats = self.comm.sum(nats_K).tolist()
-        tokens = int(self.held_out.loss_tokens.sum())
-        num_bytes = self.held_out.rows.num_loss_bytes
-        return [n / tokens for n in nats], [n / math.log(2) / num_bytes for n in nats]
-
-    def _activate(self, runs: Sequence[Run], row_keys_B: torch.Tensor | None) -> None:
-        self.pack.ctx.active = tuple(run.slot_index for run in runs)
-        self.pack.ctx.row_keys_B = row_keys_B
-
-    @staticmethod
-    def _row_keys(batch: Batch, active: Sequence[Run]) -> torch.Tensor:
-        rows_K = batch.rows_B.chunk(len(active))
-        return torch.cat(
-            [row_keys(rows, run.steps) for rows, run in zip(rows_K, active, strict=True)]
-        )
+        nats = torch.zeros((), dtype=torch.float64, device=self.held_out.device)
+        while len(share):
+            height = self.limits.rows(int(self.held_out.lengths[share[0]]))
+            batch = self.held_out.batch([share[:height]], self.head.max_positions)
+            nats += self.head.eval_nats(batch, slot)
+            share = share[height:]
+        total = float(self.comm.sum(nats))
+        tokens, num_bytes = int(self.held_out.loss_tokens.sum()), self.held_out.rows.num_loss_bytes
+        return total / tokens, total / math.log(2) / num_bytes
 
 
-def segment_nats(pack: Pack, batch: Batch, num_segments: int) -> torch.Tensor:
-    """Summed nats of the loss-bearing tokens of each adapter's segment, shape [K]."""
-    logits_BTV = pack.model(input_ids=batch.ids_BT, use_cache=False).logits
-    predicted_BT = batch.loss_BT[:, 1:]
-    logits_NV = logits_BTV[:, :-1][predicted_BT]
-    if logits_NV.dtype in (torch.bfloat16, torch.float16):
-        logits_NV = logits_NV.float()
-    nats_N = F.cross_entropy(logits_NV, batch.ids_BT[:, 1:][predicted_BT], reduction="none")
-    rows_per_segment = batch.ids_BT.shape[0] // num_segments
-    segment_N = predicted_BT.nonzero()[:, 0] // rows_per_segment
-    zeros_K = torch.zeros(num_segments, dtype=nats_N.dtype, device=nats_N.device)
-    return zeros_K.index_add(0, segment_N, nats_N)
+def _nats_of(run: Run) -> torch.Tensor:
+    assert run.batch_nats is not None
+    return run.batch_nats

@@ -70,6 +70,11 @@ class RunPaths:
         return self.root / "tune"
 
     @property
+    def rungs(self) -> Path:
+        """What the scheduler decided, in order."""
+        return self.root / "rungs.jsonl"
+
+    @property
     def best(self) -> Path:
         return self.root / "best"
 

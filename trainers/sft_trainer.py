@@ -17,6 +17,7 @@ from trainers.base_model import BaseSpec, load_base
 from trainers.batches import RowSource
 from trainers.checkpoint import copy_weights, load_checkpoint, save_checkpoint
 from trainers.comm import Comm
+from trainers.composer import ForwardLimits
 from trainers.data import DataSpec, PreparedData, count_tokens, prepare_data
 from trainers.full import unfreeze
 from trainers.loop import Evaluation, Run, RunSpec, Trainer, new_run
@@ -148,7 +149,7 @@ def _trainer(
         pack,
         RowSource(data.train, pad_id, device),
         RowSource(data.eval, pad_id, device),
-        micro_batch_size=spec.micro_batch_size,
+        limits=ForwardLimits(max_tokens=1 << 11, micro_batch_size=spec.micro_batch_size),
         comm=comm,
     )
 

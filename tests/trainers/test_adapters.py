@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalL
 
 from search_spaces.architecture import LinearShape, ModelShape
 from tests.trainers.tiny import tiny_model
-from trainers.adapters import AdapterSpec, eject, inject
+from trainers.adapters import AdapterSpec, inject
 from trainers.checkpoint import check_adapter_file, save_weights
 from trainers.loop import RunSpec, new_run
 
@@ -114,7 +114,7 @@ def test_eject_restores_the_base():
     pack = inject(model, [spec_for(model)])
     randomise(pack)
     assert not torch.equal(model(input_ids=IDS).logits, before)
-    eject(pack)
+    pack.eject()
     assert torch.equal(model(input_ids=IDS).logits, before)
 
 

@@ -15,10 +15,12 @@ from search_spaces.architecture import ModelShape
 from tests.trainers.tiny import Rows, random_rows, tiny_model
 from trainers.adapters import AdapterSpec, inject
 from trainers.batches import RowSource, example_order
+from trainers.composer import ForwardLimits
 from trainers.full import unfreeze
 from trainers.loop import Run, RunSpec, Trainer, new_run, scheduled_lr
 
 CPU = torch.device("cpu")
+LIMITS = ForwardLimits(max_tokens=1 << 20)
 SPEC = RunSpec(learning_rate=1e-2, global_batch_size=6, num_examples=120, eval_every=1000)
 
 
@@ -29,7 +31,7 @@ def adapter_spec(model, lora_rank=4, target=("attn", "mlp", "unembed"), **change
 
 
 def train(
-    model, specs, run_specs, rows, held_out, micro_batch_size=3
+    model, specs, run_specs, rows, held_out, micro_batch_size=3, max_tokens=1 << 20
 ) -> tuple[list[Run], list[list[float]]]:
     """Trains a pack and records each run's loss at every optimizer step."""
     pack = inject(model, specs)
@@ -37,7 +39,7 @@ def train(
         pack,
         RowSource(rows, 0, CPU),
         RowSource(held_out, 0, CPU),
-        micro_batch_size=micro_batch_size,
+        limits=ForwardLimits(max_tokens=max_tokens, micro_batch_size=micro_batch_size),
     )
     runs = [new_run(pack, index, spec) for index, spec in enumerate(run_specs)]
     losses: list[list[float]] = [[] for _ in runs]
@@ -130,12 +132,12 @@ def test_loop_first_step_every_lora_b_has_a_gradient(rows, held_out):
     model = tiny_model()
     pack = inject(model, [adapter_spec(model)])
     trainer = Trainer(
-        pack, RowSource(rows, 0, CPU), RowSource(held_out, 0, CPU), micro_batch_size=6
+        pack, RowSource(rows, 0, CPU), RowSource(held_out, 0, CPU), limits=LIMITS
     )
     run = new_run(pack, 0, SPEC)
     trainer._begin_batch(run)
-    trainer._micro_step([run])
-    b_gradients = {n: p.grad for n, p in run.slot.parameters.items() if ".lora_B." in n}
+    trainer._micro_step([run], [run.share.rows])
+    b_gradients = {n: g for n, g in run.slot.gradients.items() if ".lora_B." in n}
     assert len(b_gradients) == 2 * 7 + 1
     assert all(bool(gradient.any()) for gradient in b_gradients.values())
 
@@ -199,10 +201,9 @@ def test_eval_loss_any_batch_size_is_token_weighted(rows, held_out):
             pack,
             RowSource(rows, 0, CPU),
             RowSource(held_out, 0, CPU),
-            micro_batch_size=2,
-            eval_batch_size=size,
+            limits=ForwardLimits(max_tokens=size * 24),
         )
-        (loss,), (bits,) = trainer.eval_losses([new_run(pack, 0, SPEC)])
+        loss, bits = trainer.eval_losses(new_run(pack, 0, SPEC))
         assert loss == pytest.approx(expected_nats / tokens, abs=1e-9)
         assert bits == pytest.approx(expected_nats / math.log(2) / (3 * tokens), abs=1e-9)
 
@@ -211,7 +212,7 @@ def test_full_fine_tuning_equals_plain_adamw(rows, held_out):
     run_spec = replace(SPEC, learning_rate=1e-3, num_examples=30)
     pack = unfreeze(tiny_model(tie_word_embeddings=True))
     trainer = Trainer(
-        pack, RowSource(rows, 0, CPU), RowSource(held_out, 0, CPU), micro_batch_size=2
+        pack, RowSource(rows, 0, CPU), RowSource(held_out, 0, CPU), limits=LIMITS
     )
     run = new_run(pack, 0, run_spec)
     trainer.run([run], lambda run, evaluation: True)

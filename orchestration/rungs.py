@@ -1,0 +1,113 @@
+"""runs/NAME/rungs.jsonl: what a sweep's scheduler saw and decided, in that order.
+
+Ray forgets the rungs of a scheduler when the driver dies; from this file they are filled again.
+Imports neither ray nor torch.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from trainers.paths import write_text
+
+Decision = Literal["CONTINUE", "STOP"]
+CONTINUE: Decision = "CONTINUE"
+STOP: Decision = "STOP"
+METRIC, MODE, CLOCK = "eval_loss", "min", "examples"
+"""What a result is judged by, and when."""
+DIVERGED_LOSS = 1e30
+"""What a diverged trial reports as its eval_loss (`trainers.worker`, which imports torch)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungRecord:
+    """One decision.
+
+    Attributes:
+        trial: our name of the trial; Tune's own ids do not outlive a driver.
+        examples: examples that it had seen, >= 0.
+        eval_loss: nats/token, finite.
+        decision: what the trial was told. A second record of the same trial and examples is always
+            STOP: the trial went on after that result, and ended there by itself.
+    """
+
+    trial: str
+    examples: int
+    eval_loss: float
+    decision: Decision
+
+
+class RungLedger:
+    """The file, for one writer and any number of readers."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._is_whole = False
+
+    def records(self) -> list[RungRecord]:
+        """What was decided so far; a last line that a kill cut short is left out.
+
+        Raises:
+            ValueError: any other line that is no record, by file and line.
+        """
+        lines = self._bytes().split(b"\n")[:-1]
+        return [_record(line, f"{self.path}:{number}") for number, line in enumerate(lines, 1)]
+
+    def append(self, record: RungRecord) -> None:
+        """Writes one record, so that the death of this process cannot lose it."""
+        if not self._is_whole:
+            self._drop_cut_line()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+
+    def _bytes(self) -> bytes:
+        return self.path.read_bytes() if self.path.exists() else b""
+
+    def _drop_cut_line(self) -> None:
+        """Nobody acted on it: a decision is written before it is returned."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        found = self._bytes()
+        whole = found[: found.rfind(b"\n") + 1]
+        if whole != found:
+            write_text(self.path, whole.decode())
+        self._is_whole = True
+
+
+def stopped_trials(records: Iterable[RungRecord]) -> set[str]:
+    """Trials that ended, by their scheduler or by themselves: their last record says STOP."""
+    last = {record.trial: record.decision for record in records}
+    return {trial for trial, decision in last.items() if decision == STOP}
+
+
+KEYS = {field.name for field in fields(RungRecord)}
+
+
+def _record(line: bytes, place: str) -> RungRecord:
+    try:
+        values = json.loads(line)
+    except ValueError:  # UnicodeDecodeError is one
+        values = None
+    if not _is_record(values):
+        raise ValueError(
+            f"{place}: must hold trial, examples >= 0, a finite eval_loss and decision CONTINUE or "
+            f"STOP, got {line[:120].decode(errors='replace')!r}; restore the file, or start a new "
+            "run with another name"
+        )
+    return RungRecord(**cast(dict[str, Any], values))
+
+
+def _is_record(values: object) -> bool:
+    if not isinstance(values, dict) or set(cast(dict[str, Any], values)) != KEYS:
+        return False
+    trial, examples, loss = values["trial"], values["examples"], values["eval_loss"]
+    return (
+        isinstance(trial, str)
+        and type(examples) is int
+        and examples >= 0
+        and type(loss) in (int, float)
+        and math.isfinite(loss)
+        and values["decision"] in (CONTINUE, STOP)
+    )

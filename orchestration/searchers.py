@@ -1,0 +1,313 @@
+"""Ray Tune searchers: a list in its order, and Optuna's TPE over what capacity admitted."""
+
+import logging
+import math
+import pickle
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from orchestration.rungs import CLOCK, DIVERGED_LOSS, METRIC, MODE
+from search_spaces.candidate import Candidate, grid_candidates
+from search_spaces.domains import Choice, LogUniform, SearchSpace, TargetDomain
+
+MAX_REPEATS = 20
+"""Proposals in a row that may be known already, before the grid is asked for what is left."""
+
+logger = logging.getLogger(__name__)
+
+
+class ListSearcher(Searcher):
+    """Suggests {"trial": a trial's dict, **common} for each trial of a list, in its order, once.
+
+    Args:
+        trials: see `run.trial_dict`.
+        common: what all trials get beside their dict.
+    """
+
+    def __init__(self, trials: list[dict[str, Any]], common: dict[str, Any]) -> None:
+        super().__init__()
+        self._trials = list(trials)
+        self._common = common
+        self._num_suggested = 0
+
+    def suggest(self, trial_id: str) -> Any:
+        if self._num_suggested == len(self._trials):
+            return Searcher.FINISHED
+        trial = self._trials[self._num_suggested]
+        self._num_suggested += 1
+        return {"trial": trial, **self._common}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        _save(self, checkpoint_path)
+
+    def restore(self, checkpoint_path: str) -> None:
+        _restore(self, checkpoint_path)
+
+
+@dataclass
+class _Asked:
+    """A trial that Optuna knows: under which id, and how far it was told."""
+
+    inner_id: str
+    examples: int = -1
+
+
+class OptunaSearcher(Searcher):
+    """Ray's OptunaSearch over the admitted space. A discarded candidate cannot be proposed.
+
+    The first proposal is the doctrine's centre, the first admitted candidate of the grid. A trial's
+    score is the last eval_loss that it reported. One that failed or diverged is told as pruned: TPE
+    ranks it behind all that have a score, and the loss of a diverged trial never reaches it.
+
+    Args:
+        space: of the plan.
+        domains: what `pruner.cut_rank_domain` left of it.
+        num_candidates: how many in all, those of `first` and `history` included.
+        seed: of TPE. Equal seeds and equal answers give equal suggestions.
+        make_trial: the dict of a candidate's trial (see `run.trial_dict`).
+        common: what all trials get beside their dict.
+        first: trials of an earlier attempt that must run before any new one; each holds "candidate".
+        history: candidates that ran, with their eval_loss, or None if they failed or diverged.
+
+    Raises:
+        ValueError: a candidate of `first` or `history` is not in the admitted space.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        domains: Sequence[TargetDomain],
+        num_candidates: int,
+        seed: int,
+        make_trial: Callable[[Candidate], dict[str, Any]],
+        common: dict[str, Any],
+        first: Sequence[dict[str, Any]] = (),
+        history: Sequence[tuple[Candidate, float | None]] = (),
+    ) -> None:
+        super().__init__(metric=METRIC, mode=MODE)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # else a line for every study
+        self._admitted = AdmittedSpace(space, tuple(item for item in domains if item.admissible))
+        storage = optuna.storages.InMemoryStorage()
+        self._inner = OptunaSearch(
+            space=self._admitted,
+            metric=METRIC,
+            mode=MODE,
+            sampler=optuna.samplers.TPESampler(seed=seed),
+            study_name="tenfold",
+            storage=storage,
+        )
+        # Ray hides its study; the same storage gives another handle, to put points in its queue.
+        self._study = optuna.load_study(study_name="tenfold", storage=storage)
+        self._make_trial = make_trial
+        self._common = common
+        self._first = deque(first)
+        self._num_left = num_candidates - len(first) - len(history)
+        self._asked: dict[str, _Asked] = {}
+        self._known = {Candidate.from_dict(trial["candidate"]) for trial in first}
+        for number, (candidate, loss) in enumerate(history):
+            self._tell(f"history-{number}", candidate, loss)
+        self._centre = next(self._admitted.grid())
+
+    def suggest(self, trial_id: str) -> Any:
+        if self._first:
+            trial = self._first.popleft()
+            self._asked[trial_id] = _Asked(trial_id)
+            self._ask(trial_id, Candidate.from_dict(trial["candidate"]))
+            return {"trial": trial, **self._common}
+        candidate = self._propose(trial_id) if self._num_left > 0 else None
+        if candidate is None:
+            return Searcher.FINISHED
+        self._num_left -= 1
+        self._known.add(candidate)
+        return {"trial": self._make_trial(candidate), **self._common}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        asked, loss = self._asked.get(trial_id), _score(result)
+        # A retried trial repeats its reports; Optuna warns of each that it had.
+        if asked and loss is not None and result.get(CLOCK, -1) > asked.examples:
+            asked.examples = result[CLOCK]
+            told = {METRIC: loss, "training_iteration": asked.examples}
+            self._inner.on_trial_result(asked.inner_id, told)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        asked = self._asked.pop(trial_id, None)
+        if asked:
+            loss = None if error else _score(result or {})
+            self._inner.on_trial_complete(asked.inner_id, {METRIC: loss})
+
+    def save(self, checkpoint_path: str) -> None:
+        _save(self, checkpoint_path)
+
+    def restore(self, checkpoint_path: str) -> None:
+        _restore(self, checkpoint_path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its searcher; make_trial holds a plan and whatever else its caller bound.
+        return {key: value for key, value in vars(self).items() if key != "_make_trial"}
+
+    def _ask(self, inner_id: str, candidate: Candidate | None = None) -> Candidate:
+        """A candidate of Optuna's, or the given one made a trial of Optuna's."""
+        if candidate is not None:
+            self._study.enqueue_trial(self._admitted.parameters(candidate))
+        suggestion: Any = self._inner.suggest(inner_id)
+        return suggestion["candidate"]
+
+    def _tell(self, inner_id: str, candidate: Candidate, loss: float | None) -> None:
+        self._known.add(candidate)
+        self._ask(inner_id, candidate)
+        self._inner.on_trial_complete(inner_id, {METRIC: _score({METRIC: loss})})
+
+    def _propose(self, trial_id: str) -> Candidate | None:
+        """A candidate that never ran, known to Optuna as this trial; None if there is none left."""
+        repeats: list[str] = []
+        candidate = self._ask_new(trial_id, repeats)
+        for inner_id in repeats:
+            # Failed trials do not count for TPE; a second score of one point would draw it there.
+            self._inner.on_trial_complete(inner_id, error=True)
+        if candidate is None:
+            logger.warning(
+                "Optuna proposed all %d candidates of the admitted space; %d more were asked for",
+                len(self._known),
+                self._num_left,
+            )
+            self._num_left = 0
+        return candidate
+
+    def _ask_new(self, trial_id: str, repeats: list[str]) -> Candidate | None:
+        if self._centre not in self._known:
+            self._asked[trial_id] = _Asked(trial_id)
+            return self._ask(trial_id, self._centre)
+        while len(repeats) < MAX_REPEATS:
+            # A repeat stays open meanwhile: TPE avoids what is running.
+            inner_id = f"{trial_id}.{len(repeats)}"
+            candidate = self._ask(inner_id)
+            if candidate not in self._known:
+                self._asked[trial_id] = _Asked(inner_id)
+                return candidate
+            repeats.append(inner_id)
+        left = next((item for item in self._admitted.grid() if item not in self._known), None)
+        if left is not None:
+            self._asked[trial_id] = _Asked(trial_id)
+            self._ask(trial_id, left)
+        return left
+
+
+SHARED_FIELDS = (
+    "learning_rate",
+    "lora_alpha",
+    "global_batch_size",
+    "lr_schedule",
+    "warmup",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+)
+"""Fields of a candidate whose domain is the same for every target."""
+
+
+@dataclass(frozen=True)
+class AdmittedSpace:
+    """The admitted candidates as Optuna's define-by-run function; domains are all admissible.
+
+    The ranks and dropouts of each target are a parameter of their own, as Optuna wants one set of
+    choices for a name. What has one value is no parameter.
+    """
+
+    space: SearchSpace
+    domains: tuple[TargetDomain, ...]
+
+    def __call__(self, trial: Any) -> dict[str, Any]:
+        names = [_text(domain) for domain in self.domains]
+        name = _suggest(trial, "target", Choice(options=tuple(names)))
+        domain = self.domains[names.index(name)]
+        values = {
+            field: _suggest(trial, parameter, values)
+            for field, (parameter, values) in self._axes(domain).items()
+        }
+        return {"candidate": Candidate(target=domain.target, **values)}
+
+    def parameters(self, candidate: Candidate) -> dict[str, Any]:
+        """The values of Optuna's parameters that give a candidate.
+
+        Raises:
+            ValueError: it is not in this space.
+        """
+        domain = next((item for item in self.domains if item.target == candidate.target), None)
+        if domain is None or not self._holds(domain, candidate):
+            raise ValueError(
+                f"a candidate must lie in the admitted space, got {candidate}; resume with the "
+                "space that the run began with"
+            )
+        axes = self._axes(domain).items()
+        values = {parameter: getattr(candidate, field) for field, (parameter, _) in axes}
+        return {"target": _text(domain), **values}
+
+    def grid(self) -> Iterator[Candidate]:
+        """The admitted candidates of the grid, in its order."""
+        domains = {domain.target: domain for domain in self.domains}
+        for candidate in grid_candidates(self.space):
+            domain = domains.get(candidate.target)
+            if domain and self._holds(domain, candidate):
+                yield candidate
+
+    def _axes(self, domain: TargetDomain) -> dict[str, tuple[str, LogUniform | Choice[Any]]]:
+        """Field of a candidate -> name of its parameter, and its values."""
+        name = _text(domain)
+        return {
+            "lora_rank": (f"lora_rank of {name}", Choice(options=domain.lora_ranks)),
+            "dropout": (f"dropout of {name}", Choice(options=domain.dropouts)),
+            **{field: (field, getattr(self.space, field)) for field in SHARED_FIELDS},
+        }
+
+    def _holds(self, domain: TargetDomain, candidate: Candidate) -> bool:
+        return all(
+            values.low <= getattr(candidate, field) <= values.high
+            if isinstance(values, LogUniform)
+            else getattr(candidate, field) in values.options
+            for field, (_, values) in self._axes(domain).items()
+        )
+
+
+def _suggest(trial: Any, name: str, values: LogUniform | Choice[Any]) -> Any:
+    if isinstance(values, LogUniform):
+        if values.low == values.high:
+            return values.low
+        return trial.suggest_float(name, values.low, values.high, log=True)
+    if len(values.options) == 1:
+        return values.options[0]
+    return trial.suggest_categorical(name, list(values.options))
+
+
+def _text(domain: TargetDomain) -> str:
+    return "+".join(domain.target)
+
+
+def _score(result: dict[str, Any]) -> float | None:
+    """The eval_loss of a result, if it has one that means something."""
+    loss = result.get(METRIC)
+    if loss is None or not math.isfinite(loss) or loss >= DIVERGED_LOSS:
+        return None
+    return float(loss)
+
+
+def _save(searcher: Searcher, path: str) -> None:
+    with open(path, "wb") as file:
+        pickle.dump(searcher.__getstate__(), file)
+
+
+def _restore(searcher: Searcher, path: str) -> None:
+    with open(path, "rb") as file:
+        vars(searcher).update(pickle.load(file))

@@ -1,0 +1,152 @@
+"""The loss of a batch without the logits of positions that bear none.
+
+The hidden states of the loss-bearing positions are gathered, and the head and its cross-entropy run over
+them in chunks. In training each chunk's backward pass runs at once, so that one chunk's logits are the
+most that is ever held, and nothing is computed twice.
+
+Shape legend: n segments, B rows, T positions, H hidden, V vocabulary, M loss-bearing positions in blocks.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from trainers.adapters import Pack
+from trainers.batches import IGNORED, Batch, LossBlocks
+from trainers.dropout import DropoutTokens
+
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+"""Logits held at once: on a CPU what stays near its cache, on a GPU what fills it."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Whole blocks of loss-bearing positions: where they are in M, the segment of each block."""
+
+    where: slice
+    segments: tuple[int, ...]
+
+
+class LossHead:
+    """Loss-bearing hidden states -> nats, through the model's own head."""
+
+    def __init__(self, pack: Pack) -> None:
+        self.pack, self.decoder = pack, pack.model.base_model
+        self.scaled = logit_scaling(pack.model)
+        vocabulary = output_head(pack.model).weight.shape[0]
+        self.max_positions = max(1, CHUNK_BYTES[pack.device.type] // (4 * vocabulary))
+
+    def train_nats(
+        self,
+        batch: Batch,
+        slots: tuple[int, ...],
+        scale_n: list[float],
+        dropout: DropoutTokens | None = None,
+    ) -> torch.Tensor:
+        """Summed nats of each segment, float64 [n]; adds the gradients of sum(nats x scale) to the
+        slots. slots: empty for full fine-tuning (one segment)."""
+        self.pack.activate(slots, dropout)
+        hidden = self._hidden(batch)
+        nats_n = torch.zeros(len(scale_n), dtype=torch.float64, device=hidden.device)
+        if batch.loss is None:
+            return nats_n
+        selected = hidden.flatten(0, 1)[batch.loss.index_M]
+        grad = torch.empty_like(selected)
+        for chunk in self._chunks(batch.loss):
+            part = selected.detach()[chunk.where].requires_grad_()
+            chosen = dropout.select(batch.loss.index_M[chunk.where]) if dropout else None
+            self._activate(slots, chunk, chosen)
+            nats_b = self._block_nats(part, batch.loss.targets_M[chunk.where], chunk)
+            scales = torch.tensor([scale_n[k] for k in chunk.segments], dtype=nats_b.dtype)
+            (nats_b * scales.to(nats_b.device)).sum().backward()
+            grad[chunk.where] = part.grad
+            where = torch.tensor(chunk.segments, device=nats_n.device)
+            nats_n.index_add_(0, where, nats_b.detach().double())
+        if selected.requires_grad:
+            selected.backward(grad)
+        return nats_n
+
+    @torch.no_grad()
+    def eval_nats(self, batch: Batch, slot: int | None) -> torch.Tensor:
+        """Summed nats of the rows, a float64 scalar; of the base alone where slot is None."""
+        slots = () if slot is None else (slot,)
+        self.pack.activate(slots)
+        hidden = self._hidden(batch)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        if batch.loss is None:
+            return total
+        flat = hidden.flatten(0, 1)
+        for chunk in self._chunks(batch.loss):
+            self._activate(slots, chunk, None)
+            part = flat[batch.loss.index_M[chunk.where]]
+            total += self._block_nats(part, batch.loss.targets_M[chunk.where], chunk).double().sum()
+        return total
+
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        return self.decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+
+    def _activate(
+        self, slots: tuple[int, ...], chunk: Chunk, dropout: DropoutTokens | None
+    ) -> None:
+        self.pack.activate([slots[k] for k in chunk.segments] if slots else (), dropout)
+
+    def _chunks(self, loss: LossBlocks) -> Iterator[Chunk]:
+        size = len(loss.index_M) // len(loss.segment_of_block)
+        blocks = max(1, self.max_positions // size)
+        for first in range(0, len(loss.segment_of_block), blocks):
+            segments = loss.segment_of_block[first : first + blocks]
+            yield Chunk(slice(first * size, (first + len(segments)) * size), segments)
+
+    def _block_nats(self, part: torch.Tensor, targets: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        head = output_head(self.pack.model)
+        logits = self.scaled(head(part.view(len(chunk.segments), -1, part.shape[-1])))
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        nats = F.cross_entropy(
+            logits.flatten(0, 1), targets, reduction="none", ignore_index=IGNORED
+        )
+        return nats.view(len(chunk.segments), -1).sum(1)
+
+
+def output_head(model: PreTrainedModel) -> torch.nn.Module:
+    """The model's head (adapted or not); `.weight` is [V, H]."""
+    head = model.get_output_embeddings()
+    return head if head is not None else model.lm_head
+
+
+Scaling = Callable[[torch.Tensor], torch.Tensor]
+
+
+def logit_scaling(model: PreTrainedModel) -> Scaling:
+    """What the model's own forward does to the head's output."""
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:  # Gemma 2 and 3
+        return lambda logits: cap * torch.tanh(logits / cap)
+    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        return lambda logits: logits * factor
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        return lambda logits: logits / divisor
+    return lambda logits: logits
+
+
+@torch.no_grad()
+def check_head(pack: Pack) -> None:
+    """Compares decoder and head, run apart, with the model's own forward on a few tokens.
+
+    Raises:
+        ValueError: the model does more between its hidden states and its logits than we know of.
+    """
+    pack.activate(())
+    ids = torch.arange(1, 5, device=pack.device)[None]
+    expected = pack.model(input_ids=ids, use_cache=False).logits
+    hidden = pack.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    got = logit_scaling(pack.model)(output_head(pack.model)(hidden))
+    if not torch.allclose(got.float(), expected.float(), rtol=1e-2, atol=1e-2):
+        raise ValueError(
+            f"{type(pack.model).__name__}: its logits must be its head over its hidden states, they "
+            f"differ by {float((got - expected).abs().max()):.3g}; this architecture cannot be trained yet"
+        )
