@@ -9,22 +9,28 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from search_spaces.candidate import Candidate
 from search_spaces.capacity import validate_capacity
-from trainers.adapters import AdapterSpec, Pack, inject
+from trainers.adapters import AdapterSpec, Pack
 from trainers.base_model import BaseSpec, load_base
 from trainers.batches import RowSource
 from trainers.checkpoint import copy_weights, load_checkpoint, save_checkpoint
 from trainers.comm import Comm
 from trainers.composer import ForwardLimits
-from trainers.data import DataSpec, PreparedData, count_tokens, prepare_data
-from trainers.full import unfreeze
+from trainers.cpu import keep_freed_memory
+from trainers.data import DataSpec, count_tokens, prepare_data
+from trainers.full import BaseWeights, unfreeze
+from trainers.head import check_head
 from trainers.loop import Evaluation, Run, RunSpec, Trainer, new_run
 from trainers.meta_shape import shape_of_config
 from trainers.metrics import best_row
 from trainers.paths import TrialPaths, read_json_lines, write_json, write_json_lines
 from trainers.tokenizer import load_tokenizer
+
+DEFAULT_MAX_TOKENS = 2048
+"""Tokens of one forward where nothing was measured."""
 
 __all__ = ["TrialResult", "TrialSpec", "count_tokens", "train_trial", "validate_capacity"]
 
@@ -37,7 +43,8 @@ class TrialSpec:
         name: folder name under runs/NAME/trials.
         folder: the trial's folder.
         num_examples, eval_every: in examples.
-        micro_batch_size: rows of one forward on one worker.
+        micro_batch_size: most rows of one forward on one worker; None: as many as max_tokens allows.
+        max_tokens: of one forward on one worker, over all adapters of a pack.
         num_threads: torch threads of a CPU worker; part of what makes two runs identical.
     """
 
@@ -48,7 +55,8 @@ class TrialSpec:
     candidate: Candidate
     num_examples: int
     eval_every: int
-    micro_batch_size: int
+    micro_batch_size: int | None = None
+    max_tokens: int = DEFAULT_MAX_TOKENS
     num_threads: int = 1
 
     @classmethod
@@ -90,22 +98,9 @@ def train_trial(spec: TrialSpec, report: Report) -> TrialResult:
     Raises:
         ValueError: model, data or target that cannot be trained.
     """
-    if not torch.cuda.is_available():
-        torch.set_num_threads(spec.num_threads)
-    torch.manual_seed(spec.candidate.seed)
-    data = prepare_data(spec.data)
-    pack, device = _build_pack(spec)
-    comm = Comm()
-    trainer = _trainer(pack, data, spec, device, comm)
-    run = new_run(pack, 0, run_spec(spec))
-    paths = TrialPaths(spec.folder)
-    load_checkpoint(run, paths.checkpoint)
-    recorder = _Recorder(
-        spec, pack, paths, report, writes=comm.world_rank == 0, examples=run.examples
-    )
-    if run.examples >= spec.num_examples:
-        run.status = "finished"
-    trainer.run([run], recorder)
+    station = Station(spec, Comm())
+    run, recorder = station.enter(spec, report)
+    station.trainer.run([run], recorder)
     recorder.finish(run)
     return TrialResult(status=run.status, reason=run.reason, rows=tuple(recorder.rows))
 
@@ -126,35 +121,84 @@ def run_spec(spec: TrialSpec) -> RunSpec:
     )
 
 
-def _build_pack(spec: TrialSpec) -> tuple[Pack, torch.device]:
-    model = load_base(spec.base)
-    if spec.candidate.full_finetune:
-        return unfreeze(model), model.device
-    shape = shape_of_config(model.config)
-    adapter = AdapterSpec(
-        lora_rank=spec.candidate.lora_rank,
-        lora_alpha=spec.candidate.lora_alpha,
-        linears=tuple(shape.resolve_target(spec.candidate.target)),
-        dropout=spec.candidate.dropout,
-        seed=spec.candidate.seed,
-    )
-    return inject(model, [adapter]), model.device
+class Station:
+    """A loaded base with its data: what trials that share them train on, alone or in a pack."""
+
+    def __init__(self, spec: TrialSpec, comm: Comm, model: PreTrainedModel | None = None) -> None:
+        if not torch.cuda.is_available():
+            torch.set_num_threads(spec.num_threads)
+            keep_freed_memory()
+        self.comm, self.base, self.data_spec = comm, spec.base, spec.data
+        self.full_finetune = spec.candidate.full_finetune
+        self.data = prepare_data(spec.data)
+        self.model = model or load_base(spec.base)
+        self.weights = BaseWeights(self.model) if self.full_finetune else None
+        self.pack = unfreeze(self.model) if self.full_finetune else Pack(self.model)
+        if model is None:
+            check_head(self.pack)
+        self.shape = shape_of_config(self.model.config)
+        self.trainer = self._trainer(spec)
+
+    def _trainer(self, spec: TrialSpec) -> Trainer:
+        pad_id = load_tokenizer(spec.data.model, revision=spec.data.revision).pad_id
+        return Trainer(
+            self.pack,
+            RowSource(self.data.train, pad_id, self.model.device),
+            RowSource(self.data.eval, pad_id, self.model.device),
+            limits=ForwardLimits(
+                max_tokens=spec.max_tokens, micro_batch_size=spec.micro_batch_size
+            ),
+            comm=self.comm,
+        )
+
+    def serves(self, spec: TrialSpec) -> bool:
+        """Whether a trial can share this station: the same base and data, and adapters. Full
+        fine-tuning changes the base, so every such trial has a station of its own."""
+        shared = spec.base == self.base and spec.data == self.data_spec
+        return shared and not spec.candidate.full_finetune and not self.full_finetune
+
+    def enter(self, spec: TrialSpec, report: Report) -> tuple[Run, "Recorder"]:
+        """Puts a trial's adapter into the pack, as it was at its last checkpoint.
+
+        Raises:
+            ValueError: a target that the model does not have.
+        """
+        torch.manual_seed(spec.candidate.seed)
+        slot = 0 if self.full_finetune else self.pack.enter(self._adapter(spec.candidate))
+        run = new_run(self.pack, slot, run_spec(spec))
+        paths = TrialPaths(spec.folder)
+        load_checkpoint(run, paths.checkpoint)
+        if run.examples >= spec.num_examples:
+            run.status = "finished"
+        writes = self.comm.world_rank == 0
+        return run, Recorder(spec, self.pack, paths, report, writes=writes, examples=run.examples)
+
+    def _adapter(self, candidate: Candidate) -> AdapterSpec:
+        return AdapterSpec(
+            lora_rank=candidate.lora_rank,
+            lora_alpha=candidate.lora_alpha,
+            linears=tuple(self.shape.resolve_target(candidate.target)),
+            dropout=candidate.dropout,
+            seed=candidate.seed,
+        )
+
+    def leave(self, run: Run) -> None:
+        """Takes a trial's adapter out of the pack."""
+        if not self.full_finetune:
+            self.pack.leave(run.slot_index)
+
+    def close(self) -> None:
+        """Gives the base back as it was loaded: without adapters, weights restored."""
+        self.pack.eject()
+        if self.weights is not None:
+            self.weights.restore(self.model)
+
+    def changed_to(self, spec: TrialSpec) -> "Station":
+        """The station for another trial, after `close`; the base is loaded again only if it is another."""
+        return Station(spec, self.comm, self.model if spec.base == self.base else None)
 
 
-def _trainer(
-    pack: Pack, data: PreparedData, spec: TrialSpec, device: torch.device, comm: Comm
-) -> Trainer:
-    pad_id = load_tokenizer(spec.data.model, revision=spec.data.revision).pad_id
-    return Trainer(
-        pack,
-        RowSource(data.train, pad_id, device),
-        RowSource(data.eval, pad_id, device),
-        limits=ForwardLimits(max_tokens=1 << 11, micro_batch_size=spec.micro_batch_size),
-        comm=comm,
-    )
-
-
-class _Recorder:
+class Recorder:
     """Writes each evaluation to the trial's folder and reports it."""
 
     def __init__(
@@ -197,12 +241,26 @@ class _Recorder:
             copy_weights(self.paths.checkpoint, self.paths.best)
         write_json_lines(self.paths.metrics, self.rows)
 
+    @property
+    def trained_rows(self) -> list[dict[str, Any]]:
+        """The rows after the untouched base's."""
+        return [row for row in self.rows if row["steps"] > 0]
+
+    @property
+    def num_trained_rows(self) -> int:
+        return len(self.trained_rows)
+
     def finish(self, run: Run) -> None:
+        """Writes how the trial ended."""
         if self.writes:
-            status = {
-                "status": run.status,
-                "reason": run.reason,
-                "examples": run.examples,
-                "steps": run.steps,
-            }
-            write_json(self.paths.status, status)
+            self.write_status(self.paths, run.status, run.reason, run.examples, run.steps)
+
+    @staticmethod
+    def write_status(
+        paths: TrialPaths, status: str, reason: str, examples: int, steps: int
+    ) -> None:
+        """status.json of a trial."""
+        write_json(
+            paths.status,
+            {"status": status, "reason": reason, "examples": examples, "steps": steps},
+        )

@@ -201,6 +201,7 @@ def _by(keys: tuple[str, ...]):
         (MINIMAL, "dataset_tokens: 5\n", "instead dataset_tokens"),
         (MINIMAL, "epochs: 1\nexamples: 5\n", "give epochs or examples, not both"),
         (MINIMAL, "search: random\n", "search: random needs num_candidates"),
+        (MINIMAL, "search: optuna\n", "search: optuna needs num_candidates"),
         ("data: rows.jsonl\n", "", "model: Field required"),
         ("model: base\n", "dataset_tokens: 0\n", "got 0"),
         ("model: base\n", "dataset_tokens: 1.5\n", "got 1.5"),

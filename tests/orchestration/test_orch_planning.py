@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 
 from orchestration.config import make_config
 from orchestration.planning import default_name, make_budget, make_plan, plan_to_dict
+from orchestration.show import show_plan
 from search_spaces.pruner import NothingAdmittedError
 
 ATTN_PER_RANK = 4 * (2 * (192 + 192) + 2 * (192 + 64))  # 4 layers: q and o, k and v
@@ -119,7 +120,14 @@ def test_make_plan_advisory_policy_keeps_what_it_would_cut_and_says_so(planned):
     assert found["discarded"] == []
 
 
-@pytest.mark.parametrize("search", [{}, {"search": "random", "num_candidates": 3}])
+@pytest.mark.parametrize(
+    "search",
+    [
+        {},
+        {"search": "random", "num_candidates": 3},
+        {"search": "optuna", "num_candidates": 3},
+    ],
+)
 def test_make_plan_nothing_holds_the_data_raises(planned, search):
     with pytest.raises(NothingAdmittedError, match="capacity_policy: advisory"):
         planned(dataset_tokens=10**9, lora_rank=[1, 2], **search)
@@ -187,6 +195,42 @@ def test_make_plan_random_search_repeats_with_its_seed(planned):
     first, again, other = (random_plan(planned, seed=seed).pruned.admitted for seed in (0, 0, 1))
     assert first == again
     assert [c.learning_rate for c in first] != [c.learning_rate for c in other]
+
+
+def optuna_plan(planned, num_candidates=60, **values):
+    given = {"lora_rank": [1, 2, 4], "target": [["attn"], ["mlp"]]} | values
+    return planned(dataset_tokens=15_000, search="optuna", num_candidates=num_candidates, **given)
+
+
+def test_make_plan_optuna_draws_nothing_and_cuts_ranks_as_a_random_search(planned):
+    plan = optuna_plan(planned)
+    assert (plan.pruned.admitted, len(plan.pruned.discarded), plan.num_proposed) == ((), 0, 60)
+    assert plan.domains == random_plan(planned).domains
+    assert random_plan(planned).num_proposed == planned().num_proposed == 0
+    found = plan_to_dict(plan)
+    assert (found["num_proposed"], found["candidates"], found["discarded"]) == (60, [], [])
+    assert found["cut_ranks"] == [{"target": ["attn"], "lora_ranks": [1], "sufficient_rank": 2}]
+
+
+def test_make_plan_optuna_proposes_no_more_than_a_finite_space_holds(planned):
+    # Ranks 2, 4 on attn and 1, 2, 4 on mlp; 2 rates, 2 batches.
+    values = {"learning_rate": [1e-3, 1e-2], "global_batch_size": [16, 32]}
+    counts = {num: optuna_plan(planned, num, **values).num_proposed for num in (19, 20, 21)}
+    assert counts == {19: 19, 20: 20, 21: 20}
+    assert optuna_plan(planned, 21, **values, dropout=[0.0, 0.1]).num_proposed == 21
+
+
+def test_make_plan_optuna_batch_that_the_workers_cannot_share_is_refused(planned):
+    assert optuna_plan(planned, global_batch_size=[16, 32], workers_per_trial=2).num_proposed == 60
+    with pytest.raises(ValueError, match="17"):
+        optuna_plan(planned, global_batch_size=[16, 17], workers_per_trial=2)
+
+
+def test_show_plan_optuna_says_how_many_within_what(planned, capsys):
+    show_plan(plan_to_dict(optuna_plan(planned)))
+    lines = capsys.readouterr().out.splitlines()
+    assert "60 candidates proposed by Optuna within the admitted space" in lines
+    assert "  cut before any draw: lora_rank 1 on attn: the data needs 2" in lines
 
 
 @pytest.mark.parametrize("num_candidates", [1, 3, 4])
@@ -264,6 +308,7 @@ def test_plan_to_dict_steps_are_the_examples_over_the_batch_rounded_up(planned):
         {},
         {"dataset_tokens": 15_000, "lora_rank": [1, 2], "target": "attn"},
         {"dataset_tokens": 15_000, "search": "random", "num_candidates": 3, "lora_rank": [1, 8]},
+        {"dataset_tokens": 15_000, "search": "optuna", "num_candidates": 3, "lora_rank": [1, 8]},
     ],
 )
 def test_plan_to_dict_survives_strict_json(planned, values):
