@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Inventory:
-    """CPUs and GPUs of a cluster (or of this machine)."""
+    """CPUs and GPUs of a cluster (or of this machine). memory_bytes: of all its nodes; gpu_bytes: of
+    its smallest GPU; None where it does not say."""
 
     num_cpus: int
     num_gpus: int
     where: str
+    memory_bytes: int | None = None
+    gpu_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,34 @@ def local_inventory() -> Inventory:
     """This machine, without importing torch or ray: the CPUs this process may use and the GPUs that
     nvidia-smi lists (cut by CUDA_VISIBLE_DEVICES)."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Inventory(num_cpus=cpus, num_gpus=_local_gpus(), where="this machine")
+    num_gpus = _local_gpus()
+    return Inventory(
+        num_cpus=cpus,
+        num_gpus=num_gpus,
+        where="this machine",
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        gpu_bytes=smallest_gpu_bytes() if num_gpus else None,
+    )
+
+
+def smallest_gpu_bytes() -> int | None:
+    """Memory of the smallest GPU that nvidia-smi lists; None where there is none."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        listing = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (FileNotFoundError, subprocess.SubprocessError):
+        return None
+    sizes = [int(line) << 20 for line in listing.stdout.split() if line.isdigit()]
+    return min(sizes, default=None)
+
+
+def room_per_worker(demand: TrialDemand, num_groups: int, inventory: Inventory) -> int | None:
+    """Bytes that one worker may use: its GPU's, or its share of the nodes' memory."""
+    if demand.gpus_per_worker:
+        return inventory.gpu_bytes
+    if inventory.memory_bytes is None:
+        return None
+    return inventory.memory_bytes // (num_groups * demand.num_workers)
 
 
 def _local_gpus() -> int:

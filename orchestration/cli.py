@@ -56,6 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
     report = verbs.add_parser("report", help="write report.html again from what is on disk")
     report.add_argument("run_folder", type=Path, help="runs/NAME")
     report.set_defaults(run=_report)
+    resume = verbs.add_parser(
+        "resume", help="go on with a sweep whose driver died or was interrupted", epilog=EXIT_CODES
+    )
+    resume.add_argument("run_folder", type=Path, help="runs/NAME")
+    resume.add_argument("--address", help="a running Ray cluster (default: as the sweep began)")
+    resume.set_defaults(run=_resume)
     demo = verbs.add_parser("demo", help="a real NF4 sweep of the shipped base on local Ray")
     demo.add_argument(
         "--name", help="folder name under runs/ (default: the first free demo, demo-2, ...)"
@@ -125,6 +131,12 @@ def _report(args: argparse.Namespace) -> int:
     write_report(run)
     print(run.report)
     return 0
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from orchestration.run import resume_sweep
+
+    return resume_sweep(args.run_folder, args.address)
 
 
 def _demo(args: argparse.Namespace) -> int:

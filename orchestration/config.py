@@ -122,8 +122,11 @@ class SweepConfig(BaseModel):
     gpus_per_worker: Literal["auto", 0, 1] = "auto"
     """auto: 1 where the cluster has GPUs."""
     micro_batch_size: PositiveInt | None = None
-    """Largest micro-batch of one worker; default 8."""
-    engine: Literal["solo"] = "solo"
+    """Most rows of one adapter in a forward; default: as many as the forward's tokens allow."""
+    engine: Literal["packed", "solo"] = "packed"
+    """packed: warm workers train many adapters at once; solo: every trial on workers of its own."""
+    pack_size: PositiveInt | None = None
+    """Adapters of a worker group; default: from memory and measured step time."""
     address: str | None = None
     """A running Ray cluster; default: a local one is started."""
     storage: str = "runs"

@@ -1,6 +1,7 @@
 """The driver's eyes on a sweep: what Tune decides becomes status.json, progress and tracker rows."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,14 @@ class Ledger(tune.Callback):
     """Follows the trials. A stop by the scheduler is seen here and nowhere else: Tune ends the trial's
     processes without telling them."""
 
-    def __init__(self, run: RunPaths, progress: Progress, trackers: list[Tracker]) -> None:
-        self.run, self.progress, self.trackers = run, progress, trackers
+    def __init__(
+        self,
+        run: RunPaths,
+        progress: Progress,
+        trackers: list[Tracker],
+        on_end: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.run, self.progress, self.trackers, self.on_end = run, progress, trackers, on_end
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks into tuner.pkl; a terminal and open trackers cannot go there.
@@ -30,20 +37,24 @@ class Ledger(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if "steps" not in result:
-            return  # the one report of a diverged trial, which is there for the scheduler
+            return  # the one report of a trial that ended without a score; it is there for the scheduler
         self.progress.reported(trial_name(trial), result)
         record = read_trial(self.run.trial(trial_name(trial)))
         for tracker in self.trackers:
             tracker.update(record)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, "stopped", "stopped by its scheduler")
+        # What ended without a scheduler's word says how (orchestration/thin.py).
+        stopped = {"status": "stopped", "reason": "stopped by its scheduler"}
+        ended = (trial.last_result or {}).get("ended", stopped)
+        self._end(trial, ended["status"], ended["reason"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, "failed", error_line(trial))
 
     def _end(self, trial: Any, status: str, reason: str) -> None:
         paths = self.run.trial(trial_name(trial))
+        self.on_end(trial_name(trial))
         mark_ended(paths, status, reason)
         if _has_error_file(trial):
             shutil.copyfile(trial.error_file, paths.error)

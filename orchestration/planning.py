@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 DEFAULT_SEQ_LEN = 1024
 DATA_SUFFIX = r"(?i)\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz)?$"
-DEFAULT_MICRO_BATCH_SIZE = 8
 EVALUATIONS_PER_TRIAL = 4
 """Evaluations of a trial by default; the grace period of a scheduler ends at the first of them, a quarter
 of the budget."""

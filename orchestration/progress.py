@@ -17,9 +17,12 @@ class Progress:
         num_discarded: int,
         num_examples: int,
         console: Console | None = None,
+        num_trials: int | None = None,
     ) -> None:
         self.console = console or Console()
         self.rows: dict[str, dict[str, Any]] = {name: {"status": "waiting"} for name in names}
+        self.last_line = ""
+        self.num_trials = num_trials or len(names)
         self.num_discarded, self.num_examples, self.began = (
             num_discarded,
             num_examples,
@@ -38,8 +41,12 @@ class Progress:
         if self.live:
             self.live.stop()
 
+    def note(self, text: str) -> None:
+        """Says something of the sweep as a whole."""
+        self._show(text)
+
     def started(self, name: str) -> None:
-        self.rows[name]["status"] = "starting"
+        self.rows.setdefault(name, {})["status"] = "starting"
         self._show(f"{name}: starting")
 
     def reported(self, name: str, result: dict[str, Any]) -> None:
@@ -58,6 +65,7 @@ class Progress:
 
     def _show(self, line: str) -> None:
         if self.live:
+            self.last_line = line
             self.live.update(self.table(), refresh=True)
         else:
             self.console.print(
@@ -75,8 +83,9 @@ class Progress:
             row["status"] not in ("waiting", "starting", "running") for row in self.rows.values()
         )
         table = Table(
-            title=f"{done}/{len(self.rows)} trials ended, {self.num_discarded} candidates discarded{best}, "
-            f"{time.monotonic() - self.began:.0f} s"
+            title=f"{done}/{self.num_trials} trials ended, {self.num_discarded} candidates discarded{best}, "
+            f"{time.monotonic() - self.began:.0f} s",
+            caption=self.last_line,
         )
         for column in ("trial", "status", "examples", "eval_loss"):
             table.add_column(column, justify="left" if column in ("trial", "status") else "right")

@@ -1,30 +1,26 @@
-"""`tenfold sweep` from config to report: check everything, then start Ray, train, and write results."""
+"""`tenfold sweep` and `tenfold resume` from config to report: check everything, then start Ray, train,
+and write results."""
 
+import fcntl
 import importlib.metadata
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from cluster.inventory import Inventory, TrialDemand, local_inventory, max_concurrent_trials
-from cluster.placement import split_global_batch
-from orchestration.config import SweepConfig
+from cluster.inventory import local_inventory
+from orchestration.config import SweepConfig, make_config
 from orchestration.exit_codes import INTERRUPTED, NO_RESULT
 from orchestration.models import require_weights
-from orchestration.planning import (
-    DEFAULT_MICRO_BATCH_SIZE,
-    Budget,
-    Plan,
-    make_plan,
-    plan_to_dict,
-    run_name,
-)
+from orchestration.packs import plan_packs
+from orchestration.planning import Plan, make_plan, plan_to_dict, run_name
 from orchestration.progress import Progress
 from orchestration.results_table import show_results
 from orchestration.show import cut_ranks
-from search_spaces.candidate import Candidate, trial_name
-from trainers.paths import RunPaths, write_json, write_text
+from trainers.paths import RunPaths, read_json, write_json, write_text
 
 PACKAGES = ("tenfold", "ray", "torch", "transformers", "peft", "bitsandbytes", "tokenizers")
 TOKENIZER_FILES = (
@@ -46,29 +42,111 @@ def run_sweep(config: SweepConfig, source: str) -> int:
     """
     run = RunPaths(Path(config.storage) / run_name(config))
     _require_new(run)
-    require_weights(config.model)
-    _require_supported(config)
-    inventory = local_inventory() if config.address is None else None
-    if inventory:
-        max_concurrent_trials(trial_demand(config, inventory), inventory)
-    plan = make_plan(config)
-    _require_trainable(plan)
+    plan = _checked_plan(config)
     console = Console(highlight=False)
     as_json = plan_to_dict(plan)
     _say_plan(console, plan, as_json)
 
-    from orchestration import sweep  # ray.tune costs 2 s: bad input is told before it
+    def write_inputs() -> None:
+        write_text(run.config, source)
+        resolved = {"config": config.model_dump(mode="json"), "versions": versions()}
+        write_json(run.resolved, resolved)
+        write_json(run.plan, as_json)
 
+    return _train(plan, run, console, write_inputs)
+
+
+def resume_sweep(folder: Path, address: str | None) -> int:
+    """Goes on with a run whose driver died; returns the exit code.
+
+    Trials that ended stay as they are; the others go on from their last checkpoints, judged by a
+    scheduler that knows every rung that was recorded.
+
+    Args:
+        address: a running Ray cluster; default: the config's, else a local one.
+
+    Raises:
+        ValueError: no run, one that is still being driven, or a plan that came out otherwise.
+    """
+    run = RunPaths(folder)
+    if not run.plan.is_file() or not run.resolved.is_file():
+        raise ValueError(
+            f"{folder}: must be the folder of a sweep (plan.json, resolved.json), it is not"
+        )
+    values = read_json(run.resolved)["config"] | {"name": folder.resolve().name}
+    values |= {"storage": str(folder.parent)} | ({"address": address} if address else {})
+    plan = _checked_plan(
+        make_config({k: v for k, v in values.items() if v is not None}, str(folder))
+    )
+    _require_same_plan(run, plan)
+    console = Console(highlight=False)
+    console.print(f"resuming {folder}", markup=False)
+    return _train(plan, run, console, lambda: None)
+
+
+def _checked_plan(config: SweepConfig) -> Plan:
+    """A plan that can be trained here."""
+    require_weights(config.model)
+    _require_supported(config)
+    inventory = local_inventory() if config.address is None else None
+    plan = make_plan(config)
+    _require_trainable(plan)
+    if inventory:
+        plan_packs(plan, inventory)
+    return plan
+
+
+def _require_same_plan(run: RunPaths, plan: Plan) -> None:
+    """A resumed sweep trains what was planned, on data that did not change."""
+    was, now = read_json(run.plan), plan_to_dict(plan)
+    for key in ("candidates", "num_proposed", "dataset_bits", "budget", "seq_len", "data"):
+        if was[key] != now[key]:
+            raise ValueError(
+                f"{run.plan}: a resumed sweep must plan the same {key}, the data, the model or Tenfold "
+                f"changed ({_difference(was[key], now[key])}); start a new run with another name"
+            )
+
+
+def _difference(was: Any, now: Any) -> str:
+    if isinstance(was, dict) and isinstance(now, dict):
+        changed = [key for key in was if was[key] != now.get(key)]
+        return ", ".join(f"{key} {was[key]} -> {now.get(key)}" for key in changed)[:300]
+    if isinstance(was, list):
+        return f"{len(was)} candidates, now {len(now)}"
+    return f"{was} -> {now}"
+
+
+def _train(plan: Plan, run: RunPaths, console: Console, write_inputs: Any) -> int:
+    from orchestration import engines, sweep  # ray.tune costs 2 s: bad input is told before it
+
+    num_trials = len(plan.pruned.admitted) + plan.num_proposed
+    names = [item["name"] for item in plan_to_dict(plan)["candidates"]]
+    assert plan.budget is not None
+    progress = Progress(
+        names, len(plan.pruned.discarded), plan.budget.num_examples, console, num_trials
+    )
     try:
-        sweep.start_ray(config.address)
-        inventory = sweep.cluster_inventory()
-        demand = trial_demand(config, inventory)
-        concurrent = max_concurrent_trials(demand, inventory)
-        _write_inputs(run, plan, as_json, source)
-        _train(plan, demand, concurrent, run, console)
+        sweep.start_ray(plan.config.address)
+        inventory = sweep.cluster_inventory(local=plan.config.address is None)
+        plan_packs(plan, inventory)
+        with _driving(run):
+            write_inputs()
+            engines.train(plan, inventory, run, progress)
     finally:
         sweep.stop_ray()
     return _conclude(run, plan, console)
+
+
+@contextmanager
+def _driving(run: RunPaths) -> Iterator[None]:
+    """Two drivers of one run would train every trial twice into the same files."""
+    run.root.mkdir(parents=True, exist_ok=True)
+    with run.lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{run.root}: this run is being driven by another process") from error
+        yield
 
 
 def _require_new(run: RunPaths) -> None:
@@ -88,7 +166,9 @@ def _require_supported(config: SweepConfig) -> None:
 
 
 def _require_trainable(plan: Plan) -> None:
-    for target in sorted({candidate.target for candidate in plan.pruned.admitted}):
+    targets = {candidate.target for candidate in plan.pruned.admitted}
+    targets |= {domain.target for domain in plan.domains if domain.admissible}
+    for target in sorted(targets):
         if any(linear.component == "experts" for linear in plan.shape.resolve_target(target)):
             raise ValueError(
                 f"target {'+'.join(target)}: fused experts can be planned but not trained by this version; "
@@ -96,23 +176,12 @@ def _require_trainable(plan: Plan) -> None:
             )
 
 
-def trial_demand(config: SweepConfig, inventory: Inventory) -> TrialDemand:
-    """What one trial reserves on a cluster."""
-    gpus = config.gpus_per_worker
-    if gpus == "auto":
-        gpus = 1 if inventory.num_gpus else 0
-    return TrialDemand(
-        num_workers=config.workers_per_trial,
-        cpus_per_worker=config.cpus_per_worker,
-        gpus_per_worker=gpus,
-    )
-
-
 def _say_plan(console: Console, plan: Plan, as_json: dict[str, Any]) -> None:
     discarded = plan.pruned.discarded
+    to_train = len(plan.pruned.admitted) + plan.num_proposed
     console.print(
-        f"{plan.name}: {len(plan.pruned.admitted) + len(discarded)} candidates planned, {len(discarded)} discarded, "
-        f"{len(plan.pruned.admitted)} to train; {plan.dataset_bits:,} dataset bits",
+        f"{plan.name}: {to_train + len(discarded)} candidates planned, {len(discarded)} discarded, "
+        f"{to_train} to train; {plan.dataset_bits:,} dataset bits",
     )
     for sentence in cut_ranks(as_json):
         console.print(f"  cut before any draw: {sentence}", markup=False, soft_wrap=True)
@@ -126,87 +195,10 @@ def _say_plan(console: Console, plan: Plan, as_json: dict[str, Any]) -> None:
         )
 
 
-def _write_inputs(run: RunPaths, plan: Plan, as_json: dict[str, Any], source: str) -> None:
-    write_text(run.config, source)
-    write_json(
-        run.resolved, {"config": plan.config.model_dump(mode="json"), "versions": versions()}
-    )
-    write_json(run.plan, as_json)
-
-
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"python": platform.python_version(), **found, "platform": platform.platform()}
-
-
-def _train(
-    plan: Plan, demand: TrialDemand, concurrent: int, run: RunPaths, console: Console
-) -> None:
-    from orchestration import sweep
-    from orchestration.tracking import make_trackers
-
-    assert plan.budget is not None
-    trials = [trial_dict(plan, candidate, demand, run) for candidate in plan.pruned.admitted]
-    progress = Progress(
-        [trial["name"] for trial in trials],
-        len(plan.pruned.discarded),
-        plan.budget.num_examples,
-        console,
-    )
-    scheduler = {
-        "kind": plan.config.scheduler,
-        "grace_period": plan.budget.grace_period,
-        "max_t": plan.budget.num_examples,
-        "reduction_factor": plan.config.reduction_factor,
-    }
-    trackers = make_trackers(list(plan.config.tracking), plan.name, run)
-    sweep.run_trials(
-        trials, demand, concurrent, run, scheduler=scheduler, progress=progress, trackers=trackers
-    )
-
-
-def trial_dict(
-    plan: Plan, candidate: Candidate, demand: TrialDemand, run: RunPaths
-) -> dict[str, Any]:
-    """A trial as JSON: what `trainers.sft_trainer.TrialSpec.from_dict` reads."""
-    config, budget, data = plan.config, plan.budget, plan.data_spec
-    assert isinstance(budget, Budget)
-    assert data is not None
-    name = trial_name(candidate)
-    split = split_global_batch(
-        candidate.global_batch_size,
-        demand.num_workers,
-        config.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE,
-    )
-    return {
-        "name": name,
-        "folder": str(run.trial(name).root.resolve()),
-        "base": {
-            "model": config.model,
-            "revision": config.revision,
-            "quantization": config.quantization,
-            "dtype": config.dtype,
-        },
-        "data": _absolute(vars(data)),
-        "candidate": candidate.to_dict(),
-        "num_examples": budget.num_examples,
-        "eval_every": budget.eval_every,
-        "micro_batch_size": split.micro_batch_size,
-        "num_threads": demand.cpus_per_worker,
-    }
-
-
-def _absolute(data: dict[str, Any]) -> dict[str, Any]:
-    """Local paths made absolute: a worker's working directory is not the driver's."""
-
-    def resolved(value: Any) -> Any:
-        return (
-            str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
-        )
-
-    paths = ("data", "model", "eval", "chat_template")
-    return {key: resolved(value) if key in paths else value for key, value in data.items()}
 
 
 def _conclude(run: RunPaths, plan: Plan, console: Console) -> int:
@@ -220,6 +212,8 @@ def _conclude(run: RunPaths, plan: Plan, console: Console) -> int:
     show_results(records, best, run, len(plan.pruned.discarded), console)
     unended = sum(record.status == "unfinished" for record in records)
     if unended:  # Tune answers Ctrl-C by ending its loop: what has no end was interrupted
-        console.print(f"interrupted: {unended} trials did not end")
+        console.print(
+            f"interrupted: {unended} trials did not end; `tenfold resume {run.root}` goes on"
+        )
         return INTERRUPTED
     return 0 if best else NO_RESULT

@@ -18,8 +18,6 @@ CONTINUE: Decision = "CONTINUE"
 STOP: Decision = "STOP"
 METRIC, MODE, CLOCK = "eval_loss", "min", "examples"
 """What a result is judged by, and when."""
-DIVERGED_LOSS = 1e30
-"""What a diverged trial reports as its eval_loss (`trainers.worker`, which imports torch)."""
 
 
 @dataclass(frozen=True, kw_only=True)

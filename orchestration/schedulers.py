@@ -18,6 +18,7 @@ from orchestration.rungs import (
     RungLedger,
     RungRecord,
 )
+from trainers.metrics import DIVERGED_LOSS
 
 
 def make_scheduler(
@@ -121,6 +122,11 @@ class RecordedScheduler(FIFOScheduler):
         return self._decided[name, examples]
 
     def _decide(self, name: str, examples: int, loss: float) -> Decision:
+        if loss >= DIVERGED_LOSS:
+            # In a rung of two it would lift the cut-off, an interpolation, above any real loss.
+            self._ended.add(name)
+            self._decided[name, examples] = STOP
+            return STOP
         self._add(name)
         result = {CLOCK: examples, METRIC: loss}
         decision = self._inner.on_trial_result(_NobodyWaits(), _NamedTrial(name), result)

@@ -12,9 +12,10 @@ import optuna
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from orchestration.rungs import CLOCK, DIVERGED_LOSS, METRIC, MODE
+from orchestration.rungs import CLOCK, METRIC, MODE
 from search_spaces.candidate import Candidate, grid_candidates
 from search_spaces.domains import Choice, LogUniform, SearchSpace, TargetDomain
+from trainers.metrics import DIVERGED_LOSS
 
 MAX_REPEATS = 20
 """Proposals in a row that may be known already, before the grid is asked for what is left."""
@@ -115,6 +116,8 @@ class OptunaSearcher(Searcher):
         self._num_left = num_candidates - len(first) - len(history)
         self._asked: dict[str, _Asked] = {}
         self._known = {Candidate.from_dict(trial["candidate"]) for trial in first}
+        for candidate in self._known:
+            self._admitted.parameters(candidate)  # refused here, not when its turn comes
         for number, (candidate, loss) in enumerate(history):
             self._tell(f"history-{number}", candidate, loss)
         self._centre = next(self._admitted.grid())

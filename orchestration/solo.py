@@ -11,7 +11,8 @@ WORKER_FAILURES = 2
 
 
 def solo_trial(config: dict[str, Any]) -> None:
-    """The Tune trainable. `config`: {"trial": the trial's dict, "workers": see `worker_demand`}."""
+    """The Tune trainable. `config`: {"trial": the trial's dict, "workers": what its group
+    reserves, "seen": trial -> how many of its evaluations the scheduler saw before a resume}."""
     # Built here, in the trial's process: TuneReportCallback needs the Tune session, and what the
     # hardware can do is asked where it is, never on the driver's machine.
     import ray.train
@@ -24,7 +25,10 @@ def solo_trial(config: dict[str, Any]) -> None:
         resources["GPU"] = workers["gpus_per_worker"]
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"trial": config["trial"]},
+        train_loop_config={
+            "trial": config["trial"],
+            "seen": config["seen"].get(config["trial"]["name"], 0),
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers["num_workers"],
             use_gpu=bool(workers["gpus_per_worker"]),

@@ -4,18 +4,19 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.inventory import Inventory, TrialDemand
-from orchestration.progress import Progress
+from cluster.inventory import Inventory, local_inventory, smallest_gpu_bytes
 from orchestration.results import TrialRecord, best_trial, read_trials
-from orchestration.tracking import Tracker
-from trainers.paths import RunPaths, replace_folder, temporary_folder, write_json
+from trainers.paths import RunPaths, replace_folder, temporary_folder
 
 # Every report of a worker waits for its controller's next poll: 2 s by default.
 HEALTH_CHECK_INTERVAL_S = "0.2"
 DRIVER_RESOURCE = "node:__internal_head__"
+ACTOR_FAILURES = 2
+"""Deaths of its own actor that a trial survives; the worker's are the engine's matter."""
 
 
 def start_ray(address: str | None) -> None:
@@ -27,6 +28,8 @@ def start_ray(address: str | None) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # We resume from our own files; Tune's state is saved at the end alone.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
     # The raylet warns on the driver's terminal at 4 starting processes a core; a trial starts three.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "32")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -62,94 +65,77 @@ def _probe(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=5).close()
 
 
-def cluster_inventory() -> Inventory:
-    """What the connected Ray cluster has."""
+def cluster_inventory(local: bool) -> Inventory:
+    """What the connected Ray cluster has.
+
+    Args:
+        local: it was started here, so that its memory is this machine's.
+    """
     import ray
 
     resources = ray.cluster_resources()
+    here = local_inventory() if local else None
     return Inventory(
         num_cpus=int(resources.get("CPU", 0)),
         num_gpus=int(resources.get("GPU", 0)),
         where="the Ray cluster",
+        memory_bytes=here.memory_bytes if here else int(resources.get("memory", 0)) or None,
+        gpu_bytes=here.gpu_bytes if here else _gpu_bytes_there(resources),
     )
+
+
+def _gpu_bytes_there(resources: Mapping[str, float]) -> int | None:
+    """Memory of a GPU of a cluster that was joined, asked on a node that has one."""
+    import ray
+
+    if not resources.get("GPU"):
+        return None
+    return ray.get(ray.remote(smallest_gpu_bytes).options(num_cpus=0, num_gpus=0.001).remote())
 
 
 def run_trials(
-    trials: list[dict[str, Any]],
-    demand: TrialDemand,
-    max_concurrent: int,
+    trainable: Any,
+    searcher: Any,
+    scheduler: Any,
     run: RunPaths,
     *,
-    scheduler: dict[str, Any],
-    progress: Progress,
-    trackers: list[Tracker],
+    max_concurrent: int,
+    callback: Any,
 ) -> None:
-    """Runs trials to their ends on the connected cluster.
+    """Runs what a searcher suggests to its ends on the connected cluster.
 
     Args:
-        trials: each trial's dict (see `run.trial_dict`), in the order in which they start.
-        scheduler: {"kind": fifo | asha | median, "grace_period", "max_t", "reduction_factor"},
-            all in examples.
-        max_concurrent: trials at once, from `max_concurrent_trials` of this cluster.
+        trainable: solo.solo_trial or thin.ThinTrial.
+        max_concurrent: trials at once.
+        callback: the sweep's ledger.Ledger.
     """
     from ray import tune
 
-    from orchestration.ledger import Ledger
-    from orchestration.solo import solo_trial
-
-    workers = {
-        "num_workers": demand.num_workers,
-        "cpus_per_worker": demand.cpus_per_worker,
-        "gpus_per_worker": demand.gpus_per_worker,
-        "storage": str((run.tune / "train").resolve()),
-    }
-    for trial in trials:
-        write_json(run.trial(trial["name"]).config, trial)
-    tuner = tune.Tuner(
+    attempt = sum(path.is_dir() for path in run.tune.glob("attempt-*")) + 1
+    tune.Tuner(
         # The thin driver of a trial takes no CPU from the workers: with 1 CPU each, two trials would
         # fill a 2-core machine with drivers and their workers would wait for ever.
-        tune.with_resources(solo_trial, {DRIVER_RESOURCE: 0.001}),
-        param_space={"trial": tune.grid_search(trials), "workers": workers},
+        tune.with_resources(trainable, {DRIVER_RESOURCE: 0.001}),
         tune_config=tune.TuneConfig(
             metric="eval_loss",
             mode="min",
-            scheduler=make_scheduler(**scheduler),
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=-1,
             max_concurrent_trials=max_concurrent,
+            reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.config["trial"]["name"],
         ),
         run_config=tune.RunConfig(
-            name="tune",
-            storage_path=str(run.root.resolve()),
-            callbacks=[Ledger(run, progress, trackers)],
+            name=f"attempt-{attempt}",
+            storage_path=str(run.tune.resolve()),
+            callbacks=[callback],
+            # What a trial is lies in its own folder; a thin trial's actor has nothing to save.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            failure_config=tune.FailureConfig(max_failures=ACTOR_FAILURES),
             verbose=0,
         ),
-    )
-    with progress:
-        tuner.fit()
-
-
-def make_scheduler(kind: str, grace_period: int, max_t: int, reduction_factor: int) -> Any:
-    """Ray Tune's scheduler with examples seen as its clock.
-
-    Raises:
-        ValueError: a grace period above the budget (Ray only asserts it: under -O nothing would stop).
-    """
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
-
-    if kind == "fifo":
-        return FIFOScheduler()
-    if grace_period > max_t:
-        raise ValueError(
-            f"grace_period must be at most the budget ({max_t} examples), got {grace_period}"
-        )
-    if kind == "median":
-        return MedianStoppingRule(time_attr="examples", grace_period=grace_period)
-    return ASHAScheduler(
-        time_attr="examples",
-        grace_period=grace_period,
-        max_t=max_t,
-        reduction_factor=reduction_factor,
-    )
+    ).fit()
 
 
 def finish(run: RunPaths, extra_files: list[Path]) -> tuple[list[TrialRecord], TrialRecord | None]:

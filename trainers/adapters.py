@@ -87,9 +87,7 @@ class AdaptedLayer(nn.Module):
             return AdaptedLinear.apply(
                 x, weight, bias, segments.anchor, self.matrices, segments, keep
             )
-        return LowRankAdded.apply(
-            x, self.base(x), segments.anchor, self.matrices, segments, keep
-        )
+        return LowRankAdded.apply(x, self.base(x), segments.anchor, self.matrices, segments, keep)
 
     def _keep_mask(self, x: torch.Tensor, segments: Segments) -> torch.Tensor | None:
         """The dropout mask over x, divided by what it keeps, [n, N, I]."""

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
+
+from trainers.adapters import PLAIN_LINEARS
+from trainers.speed import cpu_name
 
 Quantization = Literal["nf4", "none"]
 
@@ -29,12 +32,15 @@ class BaseSpec:
         quantization: "nf4" or "none".
         dtype: "bf16" or "fp32" ("fp64" for tests): compute type, and storage of what stays
             unquantized. "auto" is bf16 where the device has it, else fp32.
+        keep_dequantized: hold the NF4 weights dequantized: the same numbers, more memory, and no
+            repeated work. Only where the memory plan has room.
     """
 
     model: str
     revision: str | None = None
     quantization: Quantization = "nf4"
     dtype: str = "auto"
+    keep_dequantized: bool = False
 
 
 def pick_device() -> torch.device:
@@ -92,7 +98,40 @@ def load_base(spec: BaseSpec, device: torch.device | None = None) -> PreTrainedM
         raise ValueError(
             f"quantization nf4 reached no layer of {spec.model!r}; set quantization: none"
         )
+    if spec.quantization == "nf4" and spec.keep_dequantized:
+        dequantize(model, dtype)
     return model
+
+
+class DequantizedLinear(nn.Linear):
+    """A linear layer whose weight went through NF4 and is held in the compute type."""
+
+
+PLAIN_LINEARS.add(DequantizedLinear)
+
+
+@torch.no_grad()
+def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Puts a DequantizedLinear in the place of every 4-bit layer: bitsandbytes multiplies with exactly
+    these weights, which it computes anew at each forward and each backward."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    for name in nf4_layer_names(model):
+        layer: Any = model.get_submodule(name)
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        with torch.device("meta"):
+            plain = DequantizedLinear(layer.in_features, layer.out_features, layer.bias is not None)
+        plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        if layer.bias is not None:
+            plain.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+        model.set_submodule(name, plain)
+
+
+def device_name(device: torch.device) -> str:
+    """A device as people know it: the GPU's name, or the CPU's and its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} thread(s)"
 
 
 def _nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -115,8 +154,9 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def nf4_layer_names(model: nn.Module) -> list[str]:
-    """Names of the layers that hold 4-bit weights."""
-    return [name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
+    """Names of the layers whose weights went through NF4."""
+    kinds = ("Linear4bit", "DequantizedLinear")
+    return [name for name, module in model.named_modules() if type(module).__name__ in kinds]
 
 
 def true_num_params(model: nn.Module) -> int:

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -86,6 +85,14 @@ def load_checkpoint(run: Run, folder: Path) -> bool:
     for name, value in read_json(found / STATE_FILE).items():
         setattr(run, name, value)
     return True
+
+
+def checkpoint_examples(folder: Path) -> int:
+    """Examples that the run of a checkpoint had seen; 0 where there is none."""
+    found = existing_folder(folder)
+    if found is None or not (found / STATE_FILE).exists():
+        return 0
+    return read_json(found / STATE_FILE)["examples"]
 
 
 def lora_config(pack: Pack, spec: AdapterSpec, base_name: str, revision: str | None) -> LoraConfig:

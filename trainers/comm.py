@@ -22,9 +22,7 @@ class Comm:
             dist.all_reduce(tensor)
         return tensor
 
-    def sum_gradients(
-        self, gradients: Sequence[torch.Tensor], nats: torch.Tensor
-    ) -> torch.Tensor:
+    def sum_gradients(self, gradients: Sequence[torch.Tensor], nats: torch.Tensor) -> torch.Tensor:
         """Sums the gradients in place and returns the summed nats: one collective for both."""
         if self.world_size == 1:
             return nats

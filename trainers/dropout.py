@@ -58,9 +58,7 @@ def row_tokens(keys_B: torch.Tensor, rates_B: torch.Tensor, num_positions: int) 
     )
 
 
-def keep_mask(
-    tokens: DropoutTokens, layer_keys_M: torch.Tensor, num_features: int
-) -> torch.Tensor:
+def keep_mask(tokens: DropoutTokens, layer_keys_M: torch.Tensor, num_features: int) -> torch.Tensor:
     """Which inputs stay, bool [M, I]; each is dropped with its token's rate.
 
     Args:

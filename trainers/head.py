@@ -36,8 +36,8 @@ class LossHead:
     def __init__(self, pack: Pack) -> None:
         self.pack, self.decoder = pack, pack.model.base_model
         self.scaled = logit_scaling(pack.model)
-        vocabulary = output_head(pack.model).weight.shape[0]
-        self.max_positions = max(1, CHUNK_BYTES[pack.device.type] // (4 * vocabulary))
+        chunk_bytes = CHUNK_BYTES[pack.device.type]
+        self.max_positions = max(1, chunk_bytes // (4 * vocabulary_size(pack.model)))
 
     def train_nats(
         self,
@@ -62,6 +62,7 @@ class LossHead:
             nats_b = self._block_nats(part, batch.loss.targets_M[chunk.where], chunk)
             scales = torch.tensor([scale_n[k] for k in chunk.segments], dtype=nats_b.dtype)
             (nats_b * scales.to(nats_b.device)).sum().backward()
+            assert part.grad is not None
             grad[chunk.where] = part.grad
             where = torch.tensor(chunk.segments, device=nats_n.device)
             nats_n.index_add_(0, where, nats_b.detach().double())
@@ -115,6 +116,13 @@ def output_head(model: PreTrainedModel) -> torch.nn.Module:
     """The model's head (adapted or not); `.weight` is [V, H]."""
     head = model.get_output_embeddings()
     return head if head is not None else model.lm_head
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the head."""
+    weight = output_head(model).weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
 
 
 Scaling = Callable[[torch.Tensor], torch.Tensor]

@@ -261,9 +261,11 @@ class Trainer:
             run.status, run.reason = "stopped", "stopped by its scheduler"
 
     def _evaluation(self, run: Run, eval_loss: float, bits_per_byte: float) -> Evaluation:
-        nats, tokens = (sum(part) for part in zip(*run.since_report, strict=True)) if (
-            run.since_report
-        ) else (0.0, 0)
+        nats, tokens = (
+            (sum(part) for part in zip(*run.since_report, strict=True))
+            if (run.since_report)
+            else (0.0, 0)
+        )
         return Evaluation(
             examples=run.examples,
             steps=run.steps,

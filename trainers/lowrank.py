@@ -141,20 +141,22 @@ class AdaptedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, anchor, matrices, segments, keep):  # noqa: ANN001, ANN205
+    def forward(ctx: Any, x, weight, bias, anchor, matrices, segments, keep):
         out = F.linear(x, weight, bias)
         _setup(ctx, x, out.view(len(segments.slots), -1, out.shape[-1]), matrices, segments, keep)
         ctx.weight, ctx.x_shape = weight, x.shape
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad):  # noqa: ANN001, ANN205  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         count = len(ctx.segments.slots)
         grad_nNO = grad.reshape(count, -1, grad.shape[-1])
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.mm(grad_nNO.view(-1, grad.shape[-1]), ctx.weight)
-        _backward(ctx, grad_nNO, None if grad_x is None else grad_x.view(count, -1, grad_x.shape[-1]))
+        _backward(
+            ctx, grad_nNO, None if grad_x is None else grad_x.view(count, -1, grad_x.shape[-1])
+        )
         grad_x = None if grad_x is None else grad_x.view(ctx.x_shape)
         return grad_x, None, None, None, None, None, None
 
@@ -164,18 +166,20 @@ class LowRankAdded(torch.autograd.Function):
     weights, Conv1D). forward(x, out, anchor, matrices, segments, keep)."""
 
     @staticmethod
-    def forward(ctx: Any, x, out, anchor, matrices, segments, keep):  # noqa: ANN001, ANN205
+    def forward(ctx: Any, x, out, anchor, matrices, segments, keep):
         total = out.clone(memory_format=torch.contiguous_format)
         _setup(ctx, x, total.view(len(segments.slots), -1, out.shape[-1]), matrices, segments, keep)
         ctx.x_shape = x.shape
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad):  # noqa: ANN001, ANN205  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         count = len(ctx.segments.slots)
         grad_nNO = grad.reshape(count, -1, grad.shape[-1])
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad.new_zeros(ctx.x_shape)
-        _backward(ctx, grad_nNO, None if grad_x is None else grad_x.view(count, -1, ctx.x_shape[-1]))
+        _backward(
+            ctx, grad_nNO, None if grad_x is None else grad_x.view(count, -1, ctx.x_shape[-1])
+        )
         return grad_x, grad, None, None, None, None

@@ -165,9 +165,7 @@ class PackServer:
         last = row["examples"] >= member.spec.num_examples
         if last:
             member.recorder.finish(member.run)
-        self._tell(
-            {"kind": "row", "trial": member.name, "index": index, "row": row, "last": last}
-        )
+        self._tell({"kind": "row", "trial": member.name, "index": index, "row": row, "last": last})
 
     def _conclude(self, member: Member) -> None:
         """Lets a run go that has ended."""

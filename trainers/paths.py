@@ -65,6 +65,16 @@ class RunPaths:
         return self.root / "results.json"
 
     @property
+    def packs(self) -> Path:
+        """The worker groups as they ran: places, and what the first group measured."""
+        return self.root / "packs.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the driver while it lives."""
+        return self.root / ".lock"
+
+    @property
     def tune(self) -> Path:
         """Ray Tune's own experiment state."""
         return self.root / "tune"

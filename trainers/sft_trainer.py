@@ -4,7 +4,7 @@ The doctrine's own snippet imports from here: `count_tokens` and `validate_capac
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,9 +14,14 @@ from transformers import PreTrainedModel
 from search_spaces.candidate import Candidate
 from search_spaces.capacity import validate_capacity
 from trainers.adapters import AdapterSpec, Pack
-from trainers.base_model import BaseSpec, load_base
+from trainers.base_model import BaseSpec, device_name, load_base
 from trainers.batches import RowSource
-from trainers.checkpoint import copy_weights, load_checkpoint, save_checkpoint
+from trainers.checkpoint import (
+    checkpoint_examples,
+    copy_weights,
+    load_checkpoint,
+    save_checkpoint,
+)
 from trainers.comm import Comm
 from trainers.composer import ForwardLimits
 from trainers.cpu import keep_freed_memory
@@ -24,9 +29,11 @@ from trainers.data import DataSpec, count_tokens, prepare_data
 from trainers.full import BaseWeights, unfreeze
 from trainers.head import check_head
 from trainers.loop import Evaluation, Run, RunSpec, Trainer, new_run
+from trainers.measure import measure_max_tokens
 from trainers.meta_shape import shape_of_config
 from trainers.metrics import best_row
 from trainers.paths import TrialPaths, read_json_lines, write_json, write_json_lines
+from trainers.speed import read_speed, write_speed
 from trainers.tokenizer import load_tokenizer
 
 DEFAULT_MAX_TOKENS = 2048
@@ -105,6 +112,14 @@ def train_trial(spec: TrialSpec, report: Report) -> TrialResult:
     return TrialResult(status=run.status, reason=run.reason, rows=tuple(recorder.rows))
 
 
+def recorded_rows(spec: TrialSpec) -> list[dict[str, Any]]:
+    """The trained rows of a trial's earlier attempt, up to its checkpoint."""
+    paths = TrialPaths(spec.folder)
+    reached = checkpoint_examples(paths.checkpoint)
+    rows = read_json_lines(paths.metrics)
+    return [row for row in rows if row["steps"] > 0 and row["examples"] <= reached]
+
+
 def run_spec(spec: TrialSpec) -> RunSpec:
     """The training half of a candidate."""
     candidate = spec.candidate
@@ -150,6 +165,28 @@ class Station:
             ),
             comm=self.comm,
         )
+
+    def measure(self, path: str, lora_rank: int, row_tokens: int) -> dict[str, Any]:
+        """Sizes the forwards as measured on this machine, now or before (see trainers/measure.py)."""
+        measured = read_speed(Path(path)) if self.comm.world_rank == 0 else None
+        measured = self.comm.share(measured)
+        if measured is None and not self.full_finetune:
+            found = measure_max_tokens(self.pack, self.shape, lora_rank, row_tokens)
+            measured = self.comm.share(found | {"device": device_name(self.model.device)})
+            if self.comm.world_rank == 0:
+                write_speed(Path(path), measured)
+        if measured is not None:
+            limits = replace(self.trainer.limits, max_tokens=measured["max_tokens"])
+            self.trainer.limits = limits
+        return measured or {}
+
+    def facts(self) -> dict[str, Any]:
+        """What a plan of packs wants to know of a loaded base."""
+        return {
+            "device": device_name(self.model.device),
+            "max_tokens": self.trainer.limits.max_tokens,
+            "peak_bytes": self.comm.peak_bytes(self.model.device),
+        }
 
     def serves(self, spec: TrialSpec) -> bool:
         """Whether a trial can share this station: the same base and data, and adapters. Full

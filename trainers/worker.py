@@ -1,24 +1,33 @@
-"""The Ray Train function: one trial on the workers of its group."""
+"""The Ray Train functions: one trial on the workers of its group, or a warm group that serves many."""
 
+import os
+import time
+import uuid
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
 
-from trainers.sft_trainer import TrialSpec, train_trial
+from trainers.comm import Comm
+from trainers.metrics import DIVERGED_LOSS
+from trainers.pack_server import PackServer
+from trainers.sft_trainer import Station, TrialSpec, recorded_rows, train_trial
 
-DIVERGED_LOSS = 1e30
-"""What a diverged trial reports once as eval_loss, so that the report carries the metric and a
-scheduler ranks it last. It never reaches the results: those are read from the trial's own files."""
+IDLE_WAIT_S = 1.0
+"""How long an idle group waits for a command: its other workers wait in a collective meanwhile."""
+POLL_WAIT_S = 20.0
+"""How long the broker holds a question for commands of a busy group."""
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, str]:
-    """Runs on every worker of the group. Each evaluation is one report; the row of the untouched
-    base (0 examples) is not reported, as no scheduler may judge it."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(ray.train.torch.get_device())
+    """Runs on every worker of a solo trial's group. Each evaluation is one report; the row of the
+    untouched base (0 examples) is not reported, as no scheduler may judge it."""
+    _use_own_device()
     spec = TrialSpec.from_dict(config["trial"])
+    for row in recorded_rows(spec)[config["seen"] :]:
+        ray.train.report({**row, "trial": spec.name})  # a driver died before it was judged
 
     def report(row: dict[str, Any]) -> bool:
         if row["steps"] > 0:
@@ -31,3 +40,67 @@ def train_worker(config: dict[str, Any]) -> dict[str, str]:
             {"eval_loss": DIVERGED_LOSS, "examples": spec.num_examples, "trial": spec.name}
         )
     return {"status": result.status, "reason": result.reason}
+
+
+def serve_worker(config: dict[str, Any]) -> None:
+    """Runs on every worker of a warm group until the broker says stop.
+
+    config: {"broker": {"name", "namespace"}, "group": its name, "warm": the dict of a trial whose base
+    and data are loaded before the group says that it is ready, "measure": {"path", "lora_rank",
+    "row_tokens"}: see trainers/measure.py}.
+    """
+    _use_own_device()
+    comm = Comm()
+    link = BrokerLink(config["broker"], config["group"])
+    if not comm.share(link.begin() if comm.world_rank == 0 else None):
+        return
+    began = time.perf_counter()
+    server = PackServer(link, comm, Station)
+    try:
+        server.station = Station(TrialSpec.from_dict(config["warm"]), comm)
+        measured = server.station.measure(**config["measure"])
+    except Exception as error:  # the boundary: Train would start a group that cannot load for ever
+        link.lose(f"{type(error).__name__}: {error}")
+        return
+    if comm.world_rank == 0:
+        seconds = round(time.perf_counter() - began, 1)
+        link.hello(server.station.facts() | measured | {"loaded_in_s": seconds})
+    server.serve()
+
+
+def _use_own_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ray.train.torch.get_device())
+
+
+class BrokerLink:
+    """The link of a pack server over Ray. Neither telling nor asking waits while there is work."""
+
+    def __init__(self, broker: dict[str, str], group: str) -> None:
+        self.broker = ray.get_actor(**broker)
+        self.group, self.incarnation = group, uuid.uuid4().hex
+        self.asked: Any = None
+
+    def begin(self) -> bool:
+        """Says that the group starts; False: it must not."""
+        return bool(ray.get(self.broker.begin.remote(self.group)))
+
+    def lose(self, reason: str) -> None:
+        """Says that the group cannot serve."""
+        ray.get(self.broker.lose.remote(self.group, reason))
+
+    def hello(self, info: dict[str, Any]) -> None:
+        """Says that the group is ready, and what it measured."""
+        ray.get(self.broker.hello.remote(self.group, self.incarnation, info | {"pid": os.getpid()}))
+
+    def tell(self, event: dict[str, Any]) -> None:
+        self.broker.tell.remote(self.group, self.incarnation, [event])
+
+    def commands(self, *, idle: bool) -> list[dict[str, Any]]:
+        if self.asked is None:
+            self.asked = self.broker.commands.remote(self.group, self.incarnation, POLL_WAIT_S)
+        ready, _ = ray.wait([self.asked], timeout=IDLE_WAIT_S if idle else 0)
+        if not ready:
+            return []
+        self.asked = None
+        return ray.get(ready[0])

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
-from orchestration.rungs import DIVERGED_LOSS, RungLedger, stopped_trials
+from orchestration.rungs import RungLedger, stopped_trials
 from orchestration.schedulers import make_scheduler
+from trainers.metrics import DIVERGED_LOSS
 
 KINDS = ("fifo", "asha", "median")
 TUNE_IDS = itertools.count()
@@ -110,6 +111,16 @@ def test_asha_diverged_first_trial_does_not_change_what_the_others_get(ledger):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_any_scheduler_ends_a_diverged_trial_and_counts_it_in_no_rung(ledger, kind):
+    # Two recorded losses, 1 and 1e30, would put ASHA's interpolated cut-off above any real loss.
+    scheduler = scheduler_of(kind, ledger)
+    assert train(scheduler, "a", [1.0] * 9) == 9
+    assert train(scheduler, "b", [DIVERGED_LOSS]) == 1
+    assert ledger.records()[-1].decision == "STOP"
+    assert train(scheduler, "c", [5.0] * 9) == (1 if kind == "asha" else 9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_any_scheduler_stops_at_a_loss_that_is_no_number(ledger, kind, loss):
     assert train(scheduler_of(kind, ledger), "a", [loss] * 9) == 1
@@ -134,7 +145,7 @@ def test_median_best_result_of_a_trial_counts_not_its_last(ledger):
 
 
 def test_fifo_stops_none(ledger):
-    assert train_all(scheduler_of("fifo", ledger), [1, 5, 9, DIVERGED_LOSS], 3) == [3] * 4
+    assert train_all(scheduler_of("fifo", ledger), [1, 5, 9, 50.0], 3) == [3] * 4
     assert stopped_trials(ledger.records()) == {"t0", "t1", "t2", "t3"}
 
 
@@ -199,7 +210,7 @@ def random_sweep(rng: random.Random) -> list[tuple[str, int, float, bool]]:
     streams = []
     for number in range(6):
         clock = sorted(rng.sample(range(1, 10), rng.randint(1, 5)))
-        losses = [rng.choice([1.0, 2.0, DIVERGED_LOSS, rng.random() * 5]) for _ in clock]
+        losses = [rng.choice([1.0, 2.0, 50.0, rng.random() * 5]) for _ in clock]
         ends = [*[False] * (len(clock) - 1), True]
         streams.append([(f"t{number}", *row) for row in zip(clock, losses, ends, strict=True)])
     order = [number for number, stream in enumerate(streams) for _ in stream]

@@ -12,12 +12,11 @@ from ray.tune.search import Searcher
 
 from orchestration.config import make_config
 from orchestration.planning import Plan, make_plan
-from orchestration.rungs import DIVERGED_LOSS
 from orchestration.searchers import ListSearcher, OptunaSearcher
 from search_spaces.candidate import Candidate, grid_candidates, trial_name
 from search_spaces.domains import Choice, TargetDomain
 from search_spaces.pruner import prune
-from trainers import worker
+from trainers.metrics import DIVERGED_LOSS
 
 COMMON = {"workers": {"num_workers": 1}}
 OPTIMUM = 1e-4
@@ -264,10 +263,6 @@ def test_optuna_learns_beside_trials_that_diverge(line, last):
     assert median_distance(found[-13:]) < 0.6 * median_distance(found[:13])
 
 
-def test_diverged_loss_is_what_the_worker_reports():
-    assert worker.DIVERGED_LOSS == DIVERGED_LOSS
-
-
 def test_optuna_survives_trials_without_a_score_retries_and_strangers(line):
     searcher = searcher_of(line, 6)
     for number in range(5):
@@ -336,10 +331,11 @@ def test_optuna_learns_from_first_trials_too(line):
 @pytest.mark.parametrize(
     "change", [{"lora_rank": 4}, {"target": ("attn",)}, {"learning_rate": 0.11}]
 )
-def test_optuna_history_of_another_space_is_refused(line, change):
+def test_optuna_history_or_first_trial_of_another_space_is_refused(line, change):
     stranger = replace(points(line, [1e-4])[0], **change)
-    with pytest.raises(ValueError, match="must lie in the admitted space"):
-        searcher_of(line, 5, history=[(stranger, 1.0)])
+    for given in ({"history": [(stranger, 1.0)]}, {"first": [make_trial(stranger)]}):
+        with pytest.raises(ValueError, match="must lie in the admitted space"):
+            searcher_of(line, 5, **given)
 
 
 def test_optuna_restored_goes_on_as_it_would_have(line, tmp_path):

@@ -131,9 +131,7 @@ def test_loop_any_micro_batch_size_gives_the_same_losses(held_out):
 def test_loop_first_step_every_lora_b_has_a_gradient(rows, held_out):
     model = tiny_model()
     pack = inject(model, [adapter_spec(model)])
-    trainer = Trainer(
-        pack, RowSource(rows, 0, CPU), RowSource(held_out, 0, CPU), limits=LIMITS
-    )
+    trainer = Trainer(pack, RowSource(rows, 0, CPU), RowSource(held_out, 0, CPU), limits=LIMITS)
     run = new_run(pack, 0, SPEC)
     trainer._begin_batch(run)
     trainer._micro_step([run], [run.share.rows])
@@ -211,9 +209,7 @@ def test_eval_loss_any_batch_size_is_token_weighted(rows, held_out):
 def test_full_fine_tuning_equals_plain_adamw(rows, held_out):
     run_spec = replace(SPEC, learning_rate=1e-3, num_examples=30)
     pack = unfreeze(tiny_model(tie_word_embeddings=True))
-    trainer = Trainer(
-        pack, RowSource(rows, 0, CPU), RowSource(held_out, 0, CPU), limits=LIMITS
-    )
+    trainer = Trainer(pack, RowSource(rows, 0, CPU), RowSource(held_out, 0, CPU), limits=LIMITS)
     run = new_run(pack, 0, run_spec)
     trainer.run([run], lambda run, evaluation: True)
     model = tiny_model(tie_word_embeddings=True)

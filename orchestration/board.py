@@ -1,0 +1,212 @@
+"""Who waits for what: the bookkeeping between thin trials and warm worker groups. Pure, no Ray.
+
+A trial asks for its evaluations one by one (number 0 is the first after training began). A group has a
+number of places; a free place gets the trial that waits longest. A trial trains on while its last
+result is being judged, but is evaluated again only when that is asked for, so it is never more than
+one rung ahead of its scheduler.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+SHARED_CRASHES = 2
+"""Worker deaths that a trial may share with its neighbours; after these it gets a group for itself, so
+that the one that kills its workers is found."""
+MAX_STARTS = 3
+"""Starts in a row of a group that never became ready, after which it is given up."""
+MAX_CRASHES = 4
+"""Worker deaths after which a trial has failed."""
+
+
+@dataclass
+class Entry:
+    """One trial. rows: evaluation number -> row. ended: status and reason, when it has ended."""
+
+    trial: dict[str, Any]
+    asked: int
+    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+    last_index: int | None = None
+    ended: dict[str, str] | None = None
+    group: str | None = None
+    crashes: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.trial["name"]
+
+    @property
+    def pack_key(self) -> str:
+        """What trials must share to share a pack: base, quantization, data and sequence length."""
+        return repr([sorted(self.trial[part].items()) for part in ("base", "data")])
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether it needs a group for itself."""
+        return self.trial["candidate"]["full_finetune"] or self.crashes >= SHARED_CRASHES
+
+
+@dataclass
+class Group:
+    """One worker group: its places, its trials in the order in which they came, what it must hear."""
+
+    incarnation: str
+    info: dict[str, Any]
+    trials: list[Entry] = field(default_factory=list)
+    commands: list[dict[str, Any]] = field(default_factory=list)
+    lost: str = ""
+    """Why it will not come back, when it will not."""
+
+
+class Board:
+    """The state of a sweep between its trials and its groups."""
+
+    def __init__(self) -> None:
+        self.places = 0
+        self.entries: dict[str, Entry] = {}
+        self.queue: list[Entry] = []
+        self.groups: dict[str, Group] = {}
+        self.starts: dict[str, int] = {}
+        self.stopping = False
+
+    # What trials say
+
+    def ask(self, trial: dict[str, Any], index: int) -> None:
+        """A trial wants its evaluation number `index`; asking again changes nothing."""
+        entry = self.entries.get(trial["name"])
+        if entry is None:
+            entry = self.entries[trial["name"]] = Entry(trial, index)
+            self.queue.append(entry)
+        elif index > entry.asked:
+            entry.asked = index
+            if entry.group is not None:
+                command = {"kind": "allow", "trial": entry.name, "index": index}
+                self.groups[entry.group].commands.append(command)
+        self._assign()
+
+    def answer(self, name: str, index: int) -> dict[str, Any] | None:
+        """The row that was asked for ({"row", "last"}), or how the trial ended without it ({"ended",
+        "row": its last one or None}); None: not yet.
+
+        Raises:
+            ValueError: no group is left that could give it.
+        """
+        entry = self.entries[name]
+        if index in entry.rows:
+            return {"row": entry.rows[index], "last": index == entry.last_index}
+        if entry.ended is not None:
+            last = entry.rows[max(entry.rows)] if entry.rows else None
+            return {"ended": entry.ended, "row": last}
+        if self.groups and all(group.lost for group in self.groups.values()):
+            reasons = sorted({group.lost for group in self.groups.values()})
+            raise ValueError(f"no worker group is left: {'; '.join(reasons)}")
+        return None
+
+    def cancel(self, name: str) -> None:
+        """A trial was ended from outside; its place is free at once."""
+        entry = self.entries.get(name)
+        if entry is None or entry.ended is not None:
+            return
+        entry.ended = {"status": "stopped", "reason": "stopped by its scheduler"}
+        if entry.group is not None:
+            self.groups[entry.group].commands.append({"kind": "cancel", "trial": name})
+        self._release(entry)
+
+    # What groups say
+
+    def begin(self, group: str) -> bool:
+        """A group's workers start, and will load the base; False: they died of it too often."""
+        self.starts[group] = self.starts.get(group, 0) + 1
+        if self.starts[group] <= MAX_STARTS:
+            return True
+        self.lose(group, f"its workers died {MAX_STARTS} times while they loaded the base")
+        return False
+
+    def hello(self, group: str, incarnation: str, info: dict[str, Any]) -> None:
+        """A group starts, or starts again after a death: then its trials go on, in their order."""
+        self.starts[group] = 0
+        self._renew(group, Group(incarnation, info))
+
+    def lose(self, group: str, reason: str) -> None:
+        """A group will not come back; its trials go to others. The first reason is kept."""
+        if group in self.groups and self.groups[group].lost:
+            return
+        self._renew(group, Group("", {}, lost=reason))
+
+    def _renew(self, name: str, group: Group) -> None:
+        old = self.groups.get(name)
+        self.groups[name] = group
+        for entry in reversed(old.trials if old else []):
+            entry.group, entry.crashes = None, entry.crashes + 1
+            if entry.crashes >= MAX_CRASHES:
+                reason = (
+                    f"its worker died {entry.crashes} times, at last with no other trial beside it"
+                )
+                entry.ended = {"status": "failed", "reason": reason}
+            else:
+                self.queue.insert(0, entry)
+        self._assign()
+
+    def is_current(self, group: str, incarnation: str) -> bool:
+        """Whether a group's message is from its living workers."""
+        return group in self.groups and self.groups[group].incarnation == incarnation
+
+    def hear(self, events: Iterable[dict[str, Any]]) -> None:
+        """Rows and ends from a group (see trainers/pack_server.py)."""
+        for event in events:
+            entry = self.entries[event["trial"]]
+            if event["kind"] == "row":
+                entry.rows[event["index"]] = event["row"]
+                if event["last"]:
+                    entry.last_index = event["index"]
+            elif entry.ended is None:
+                entry.ended = {"status": event["status"], "reason": event["reason"]}
+                self._release(entry)
+        self._assign()
+
+    def take_commands(self, group: str) -> list[dict[str, Any]]:
+        """What a group must hear; it is told once."""
+        taken, self.groups[group].commands = self.groups[group].commands, []
+        return [*taken, {"kind": "stop"}] if self.stopping else taken
+
+    # Places
+
+    def open(self, places: int) -> None:
+        """Lets every group hold up to so many trials."""
+        self.places = places
+        self._assign()
+
+    def _release(self, entry: Entry) -> None:
+        if entry in self.queue:
+            self.queue.remove(entry)
+        if entry.group is not None:
+            self.groups[entry.group].trials.remove(entry)
+            entry.group = None
+        self._assign()
+
+    def _assign(self) -> None:
+        for entry in list(self.queue):
+            rooms = [
+                (len(g.trials), name) for name, g in self.groups.items() if self._fits(entry, g)
+            ]
+            if rooms:
+                self._give(entry, min(rooms)[1])
+            elif entry.exclusive:
+                return  # those behind it would keep every group busy for ever
+
+    def _fits(self, entry: Entry, group: Group) -> bool:
+        if group.lost or not self.places:
+            return False
+        if not group.trials:
+            return True
+        if entry.exclusive or any(other.exclusive for other in group.trials):
+            return False
+        same = group.trials[0].pack_key == entry.pack_key
+        return same and len(group.trials) < self.places
+
+    def _give(self, entry: Entry, name: str) -> None:
+        self.queue.remove(entry)
+        entry.group = name
+        group = self.groups[name]
+        group.trials.append(entry)
+        group.commands.append({"kind": "enter", "trial": entry.trial, "index": entry.asked})

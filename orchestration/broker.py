@@ -1,0 +1,100 @@
+"""The board as a Ray actor: thin trials and worker groups both find it by name."""
+
+import asyncio
+from typing import Any
+
+from orchestration.board import Board
+
+
+class Broker:
+    """An async actor; every waiting trial holds one call, so `max_concurrency` must exceed them.
+
+    Calls that wait do so in slices: a caller that was told nothing asks again.
+    """
+
+    def __init__(self) -> None:
+        self.board = Board()
+        self.changed = asyncio.Condition()
+
+    async def _notify(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def row(self, trial: dict[str, Any], index: int, wait_s: float) -> dict[str, Any] | None:
+        """An evaluation of a trial: see Board.answer. None: not yet, ask again.
+
+        Raises:
+            ValueError: no worker group is left.
+        """
+        self.board.ask(trial, index)
+        await self._notify()
+        deadline = asyncio.get_running_loop().time() + wait_s
+        while (answer := self.board.answer(trial["name"], index)) is None:
+            if not await self._changed_before(deadline):
+                return None
+        return answer
+
+    async def cancel(self, name: str) -> None:
+        """See Board.cancel."""
+        self.board.cancel(name)
+        await self._notify()
+
+    async def begin(self, group: str) -> bool:
+        """See Board.begin."""
+        may = self.board.begin(group)
+        await self._notify()
+        return may
+
+    async def hello(self, group: str, incarnation: str, info: dict[str, Any]) -> None:
+        """See Board.hello."""
+        self.board.hello(group, incarnation, info)
+        await self._notify()
+
+    async def lose(self, group: str, reason: str) -> None:
+        """See Board.lose."""
+        self.board.lose(group, reason)
+        await self._notify()
+
+    async def tell(self, group: str, incarnation: str, events: list[dict[str, Any]]) -> None:
+        """Events of a group; those of workers that are dead by now are dropped."""
+        if self.board.is_current(group, incarnation):
+            self.board.hear(events)
+            await self._notify()
+
+    async def commands(self, group: str, incarnation: str, wait_s: float) -> list[dict[str, Any]]:
+        """What a group must hear; waits until there is something."""
+        deadline = asyncio.get_running_loop().time() + wait_s
+        while self.board.is_current(group, incarnation):
+            if taken := self.board.take_commands(group):
+                return taken
+            if not await self._changed_before(deadline):
+                break
+        return []
+
+    async def open(self, places: int) -> None:
+        """See Board.open."""
+        self.board.open(places)
+        await self._notify()
+
+    async def stop(self) -> None:
+        """Ends every group."""
+        self.board.stopping = True
+        await self._notify()
+
+    async def groups(self) -> dict[str, dict[str, Any]]:
+        """Every group that said hello: its info, or {"lost": reason}."""
+        return {
+            name: {"lost": group.lost} if group.lost else group.info
+            for name, group in self.board.groups.items()
+        }
+
+    async def _changed_before(self, deadline: float) -> bool:
+        left = deadline - asyncio.get_running_loop().time()
+        if left <= 0:
+            return False
+        try:
+            async with self.changed:
+                await asyncio.wait_for(self.changed.wait(), left)
+        except TimeoutError:
+            return False
+        return True

@@ -1,0 +1,152 @@
+"""The worker pool of a sweep: warm Ray Train groups and the broker that gives them trials.
+
+The groups run in threads of the driver: when the driver dies, Ray ends them with it, and `tenfold
+resume` starts new ones.
+"""
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from cluster.inventory import TrialDemand
+
+MAX_WAITING_TRIALS = 1000
+GROUP_RESTARTS = -1
+"""Train restarts a group whose worker died without limit; the board ends the trial that causes it."""
+START_FAILURES = 2
+POLL_S = 0.2
+
+
+class Pool:
+    """Warm worker groups. Use as a context manager; leaving it ends every group.
+
+    Args:
+        demand: workers, CPUs and GPUs of one group.
+        num_groups: how many.
+        warm: the dict of a trial; its base and data are loaded before a group is ready.
+        measure: see packs.measurement.
+        storage: folder for Ray Train's own state.
+        serve: the Train function of a group; default: trainers.worker.serve_worker.
+    """
+
+    def __init__(
+        self,
+        demand: TrialDemand,
+        num_groups: int,
+        warm: dict[str, Any],
+        measure: dict[str, Any],
+        storage: str,
+        serve: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.serve = serve or _serve
+        self.demand, self.num_groups, self.storage = demand, num_groups, storage
+        self.config = {"warm": warm, "measure": measure}
+        # A namespace of its own: two sweeps may share a cluster.
+        self.address = {"name": "broker", "namespace": f"tenfold-{uuid.uuid4().hex[:12]}"}
+        self.broker: Any = None
+        self.threads: list[threading.Thread] = []
+
+    def __enter__(self) -> "Pool":
+        import ray
+
+        from orchestration.broker import Broker
+
+        options = {"num_cpus": 0, "max_concurrency": MAX_WAITING_TRIALS, **self.address}
+        self.broker = ray.remote(Broker).options(**options).remote()
+        for number in range(self.num_groups):
+            thread = threading.Thread(
+                target=self._run_group, args=(f"group-{number}",), daemon=True
+            )
+            thread.start()
+            self.threads.append(thread)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        ray.get(self.broker.stop.remote())
+        for thread in self.threads:
+            thread.join()
+        ray.kill(self.broker)
+
+    def _run_group(self, name: str) -> None:
+        import ray
+
+        try:
+            self._trainer(name).fit()
+            reason = "it was told to stop"
+        except Exception as error:  # the boundary of a thread: the trials must hear of any end
+            reason = _telling_line(error)
+        ray.get(self.broker.lose.remote(name, reason))
+
+    def _trainer(self, name: str) -> Any:
+        import ray.train
+        from ray.train.torch import TorchTrainer
+
+        resources = {"CPU": self.demand.cpus_per_worker}
+        if self.demand.gpus_per_worker:
+            resources["GPU"] = self.demand.gpus_per_worker
+        return TorchTrainer(
+            self.serve,
+            train_loop_config={"broker": self.address, "group": name, **self.config},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=self.demand.num_workers,
+                use_gpu=bool(self.demand.gpus_per_worker),
+                resources_per_worker=resources,
+            ),
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=self.storage,
+                failure_config=ray.train.FailureConfig(
+                    max_failures=GROUP_RESTARTS, controller_failure_limit=START_FAILURES
+                ),
+            ),
+        )
+
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """What each group says of itself (`Station.facts`), or {"lost": reason}."""
+        import ray
+
+        return ray.get(self.broker.groups.remote())
+
+    def first_group(self) -> dict[str, Any]:
+        """Waits for the first group that is ready; the others come when they come.
+
+        Raises:
+            ValueError: no group can start.
+        """
+        while True:
+            groups = self.groups()
+            ready = [info for info in groups.values() if "lost" not in info]
+            if ready:
+                return ready[0]
+            if len(groups) == self.num_groups:
+                reasons = sorted({info["lost"] for info in groups.values()})
+                raise ValueError(f"no worker group could start: {'; '.join(reasons)}")
+            time.sleep(POLL_S)
+
+    def open(self, places: int) -> None:
+        """Lets trials in, so many at once in each group."""
+        import ray
+
+        ray.get(self.broker.open.remote(places))
+
+    def cancel(self, trial: str) -> None:
+        """Ends a trial; its place is free at once."""
+        self.broker.cancel.remote(trial)
+
+
+def _serve(config: dict[str, Any]) -> None:
+    from trainers.worker import serve_worker  # torch is imported in the worker alone
+
+    serve_worker(config)
+
+
+def _telling_line(error: Exception) -> str:
+    """The innermost error of what Ray Train wraps, in one line."""
+    failures = getattr(error, "worker_failures", {})
+    cause = next(iter(failures.values()), error)
+    lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
+    return (lines[-1] if lines else type(cause).__name__)[:300]

@@ -1,0 +1,106 @@
+"""The trials of a run: their dicts, and what of them is left to do."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestration.results import mark_ended, read_trial
+from orchestration.rungs import RungLedger, stopped_trials
+from search_spaces.candidate import Candidate, trial_name
+from trainers.metrics import best_row
+from trainers.paths import RunPaths, read_json, write_json
+
+if TYPE_CHECKING:
+    from cluster.inventory import TrialDemand
+    from cluster.packing import PackPlan
+    from orchestration.planning import Plan
+
+
+class TrialMaker:
+    """Makes the dicts that `trainers.sft_trainer.TrialSpec.from_dict` reads, and keeps each on disk."""
+
+    def __init__(
+        self, plan: "Plan", demand: "TrialDemand", packs: "PackPlan", run: RunPaths
+    ) -> None:
+        self.plan, self.demand, self.packs, self.run = plan, demand, packs, run
+
+    def make(self, candidate: Candidate) -> dict[str, Any]:
+        """A trial's dict, not written."""
+        config, budget, data = self.plan.config, self.plan.budget, self.plan.data_spec
+        assert budget is not None
+        assert data is not None
+        name = trial_name(candidate)
+        return {
+            "name": name,
+            "folder": str(self.run.trial(name).root.resolve()),
+            "base": {
+                "model": _absolute_path(config.model),
+                "revision": config.revision,
+                "quantization": config.quantization,
+                "dtype": config.dtype,
+                "keep_dequantized": self.packs.keep_dequantized,
+            },
+            "data": _absolute(vars(data)),
+            "candidate": candidate.to_dict(),
+            "num_examples": budget.num_examples,
+            "eval_every": budget.eval_every,
+            "micro_batch_size": config.micro_batch_size,
+            "max_tokens": self.packs.max_tokens,
+            "num_threads": self.demand.cpus_per_worker,
+        }
+
+    def write(self, candidate: Candidate) -> dict[str, Any]:
+        """A trial's dict, kept as its config.json."""
+        trial = self.make(candidate)
+        write_json(self.run.trial(trial["name"]).config, trial)
+        return trial
+
+
+def _absolute(data: dict[str, Any]) -> dict[str, Any]:
+    """Local paths made absolute: a worker's working directory is not the driver's."""
+    paths = ("data", "model", "eval", "chat_template")
+    return {key: _absolute_path(value) if key in paths else value for key, value in data.items()}
+
+
+def _absolute_path(value: Any) -> Any:
+    return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
+
+
+def settle(run: RunPaths) -> dict[str, int]:
+    """Writes the ends that a dead driver decided but did not write, and tells how many evaluations of
+    each trial its scheduler saw."""
+    records = RungLedger(run.rungs).records()
+    for name in sorted(stopped_trials(records)):
+        paths = run.trial(name)
+        if paths.config.exists() and not paths.status.exists():
+            config, rows = read_json(paths.config), read_trial(paths).rows
+            done = bool(rows) and rows[-1]["examples"] >= config["num_examples"]
+            reason = "" if done else "stopped by its scheduler"
+            mark_ended(paths, "finished" if done else "stopped", reason)
+    seen: dict[str, set[int]] = {}
+    for record in records:
+        seen.setdefault(record.trial, set()).add(record.examples)
+    return {name: len(examples) for name, examples in seen.items()}
+
+
+def unended(run: RunPaths, names: list[str]) -> list[str]:
+    """Trials that have no end: those that had begun first, else in the given order."""
+    left = [name for name in names if not run.trial(name).status.exists()]
+    return sorted(left, key=lambda name: not run.trial(name).metrics.exists())
+
+
+def known_names(run: RunPaths) -> list[str]:
+    """Every trial that has a config.json."""
+    return sorted(path.parent.name for path in run.trials.glob("*/config.json"))
+
+
+def history(run: RunPaths) -> list[tuple[Candidate, float | None]]:
+    """Candidates that ended, with the last eval_loss of those that ended well."""
+    found = []
+    for name in known_names(run):
+        record = read_trial(run.trial(name))
+        if record.status == "unfinished":
+            continue
+        usable = record.status in ("finished", "stopped") and best_row(record.rows) is not None
+        loss = record.rows[-1]["eval_loss"] if usable else None
+        found.append((Candidate.from_dict(record.candidate), loss))
+    return found
