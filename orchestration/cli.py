@@ -83,9 +83,11 @@ def _no_collection() -> Iterator[None]:
 def _planned(config: Path) -> dict[str, Any]:
     with _no_collection():
         from orchestration.config import load_config
+        from orchestration.packs import local_packs
         from orchestration.planning import make_plan, plan_to_dict
 
-    return plan_to_dict(make_plan(load_config(config)))
+    plan = make_plan(load_config(config))
+    return plan_to_dict(plan, local_packs(plan))
 
 
 def _check(args: argparse.Namespace) -> int:

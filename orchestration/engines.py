@@ -43,7 +43,8 @@ def _packed(plan: Plan, inventory: Inventory, run: RunPaths, progress: Progress)
         progress.note(f"starting {packs.num_groups} worker groups, loading the base")
         if not measured:  # else Tune's own processes start beside the workers'
             packs = plan_packs(plan, inventory, pool.first_group()["max_tokens"])
-        write_json(run.packs, vars(packs))
+        facts = vars(packs) | {"workers_per_group": demand.num_workers}
+        write_json(run.packs, facts)
         progress.note(f"{packs.num_groups} groups x {packs.places} adapters: {packs.reason}")
         pool.open(packs.places)
         sweep.run_trials(
@@ -55,7 +56,7 @@ def _packed(plan: Plan, inventory: Inventory, run: RunPaths, progress: Progress)
             max_concurrent=packs.num_groups * packs.places + 1,
             callback=Ledger(run, progress, work.trackers(), on_end=pool.cancel),
         )
-        write_json(run.packs, vars(packs) | {"groups": pool.groups()})
+        write_json(run.packs, facts | {"groups": pool.groups()})
 
 
 def _solo(plan: Plan, inventory: Inventory, run: RunPaths, progress: Progress) -> None:

@@ -3,11 +3,16 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.inventory import Inventory, TrialDemand, max_concurrent_trials, room_per_worker
+from cluster.inventory import (
+    Inventory,
+    TrialDemand,
+    local_inventory,
+    max_concurrent_trials,
+    room_per_worker,
+)
 from cluster.packing import FORWARD_TOKENS, PackPlan, WorkerMemory, pack_plan, worker_memory
 from orchestration.config import SweepConfig
 from orchestration.models import config_path
-from search_spaces.architecture import ModelShape
 from trainers.paths import read_json
 from trainers.speed import cpu_name, read_speed, speed_path
 
@@ -123,20 +128,24 @@ def is_trainable(plan: "Plan") -> bool:
     return plan.audit is not None and not Path(plan.config.model).is_file()
 
 
-def packs_to_dict(packs: PackPlan, demand: TrialDemand, shape: ModelShape) -> dict[str, Any]:
-    """The packs as plan.json and the report have them."""
-    return {
-        "num_groups": packs.num_groups,
-        "workers_per_group": demand.num_workers,
-        "places": packs.places,
-        "max_tokens": packs.max_tokens,
-        "keep_dequantized": packs.keep_dequantized,
-        "reason": packs.reason,
-    }
+def local_packs(plan: "Plan") -> dict[str, Any] | None:
+    """The packs that a sweep would have on this machine, or {"refused": why}; None where the plan has
+    no data, the engine no packs, or the sweep another cluster."""
+    config = plan.config
+    if plan.audit is None or config.engine != "packed" or config.address is not None:
+        return None
+    inventory = local_inventory()
+    try:
+        packs = plan_packs(plan, inventory)
+    except ValueError as error:
+        return {"refused": str(error)}
+    return vars(packs) | {"workers_per_group": config.workers_per_trial}
 
 
 def packs_sentence(packs: dict[str, Any]) -> str:
     """The packs in one line."""
+    if "refused" in packs:
+        return f"packs: none on this machine: {packs['refused']}"
     kept = "; NF4 weights kept dequantized (same numbers, no repeated work)"
     return (
         f"packs: {packs['num_groups']} group(s) of {packs['workers_per_group']} worker(s), up to "

@@ -221,8 +221,12 @@ def default_name(config: SweepConfig) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.")
 
 
-def plan_to_dict(plan: Plan) -> dict[str, Any]:
-    """plan.json: what `tenfold plan --json` prints and the report reads."""
+def plan_to_dict(plan: Plan, packs: dict[str, Any] | None = None) -> dict[str, Any]:
+    """plan.json: what `tenfold plan --json` prints and the report reads.
+
+    Args:
+        packs: see packs.local_packs; None where the engine has none or nobody can say yet.
+    """
     shape, config = plan.shape, plan.config
     names = (
         "model_type",
@@ -245,6 +249,8 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "defaults": [note._asdict() for note in plan.space.notes],
         "budget": asdict(plan.budget) if plan.budget else None,
         "seq_len": plan.data_spec.seq_len if plan.data_spec else None,
+        "engine": config.engine,
+        "packs": packs,
         "cut_ranks": [_cut_dict(domain) for domain in plan.domains if domain.cut_lora_ranks],
         "num_proposed": plan.num_proposed,
         "candidates": [_candidate_dict(plan, candidate) for candidate in plan.pruned.admitted],

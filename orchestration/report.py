@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from orchestration.charts import capacity_chart, learning_curves, lr_loss_chart
+from orchestration.packs import packs_sentence
 from orchestration.results import TrialRecord, best_trial, read_trials
 from orchestration.show import cut_ranks
 from trainers.paths import RunPaths, read_json, write_text
@@ -47,14 +48,18 @@ def write_report(run: RunPaths) -> None:
         FileNotFoundError: the folder is not that of a sweep.
     """
     plan, resolved = read_json(run.plan), read_json(run.resolved)
-    records = read_trials(run)
-    write_text(run.report, render(run.root.name, plan, resolved, records))
+    packs = read_json(run.packs) if run.packs.is_file() else None
+    write_text(run.report, render(run.root.name, plan, resolved, read_trials(run), packs))
 
 
 def render(
-    name: str, plan: dict[str, Any], resolved: dict[str, Any], records: list[TrialRecord]
+    name: str,
+    plan: dict[str, Any],
+    resolved: dict[str, Any],
+    records: list[TrialRecord],
+    packs: dict[str, Any] | None = None,
 ) -> str:
-    """The page as text."""
+    """The page as text. packs: packs.json of a packed sweep."""
     best = best_trial(records)
     sections = [
         _header(name, plan, records, best),
@@ -64,6 +69,7 @@ def render(
         _section(f"Discarded before any trial ({len(plan['discarded'])})", _discarded_table(plan)),
         _section("Pitfalls", _pitfalls(plan)),
         _section("Data", _data(plan)),
+        _section("Workers", _workers(packs)),
         _section("Where the settings come from", _defaults(plan)),
         _section("Versions", _versions(resolved)),
     ]
@@ -107,6 +113,23 @@ def _header(
     )
     head = f'<h1>{html.escape(name)}</h1><p class="muted">{intro}</p>'
     return f'{head}{_verdict(records, best)}<div class="tiles">{boxes}</div>'
+
+
+def _workers(packs: dict[str, Any] | None) -> str:
+    if packs is None:
+        return "<p>Engine solo: every trial had workers of its own, made and ended with it.</p>"
+    rows = [
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(info.get('device') or info['lost'])}</td>"
+        f'<td class="num">{info.get("max_tokens", 0):,}</td>'
+        f'<td class="num">{info.get("loaded_in_s", 0):.1f}</td></tr>'
+        for name, info in sorted(packs.get("groups", {}).items())
+    ]
+    head = (
+        '<tr><th>group</th><th>device</th><th class="num">tokens a forward</th>'
+        '<th class="num">base loaded and measured in s</th></tr>'
+    )
+    sentence = html.escape(packs_sentence(packs).removeprefix("packs: "))
+    return f'<p>{sentence}.</p><div class="scroll"><table>{head}{"".join(rows)}</table></div>'
 
 
 def _short_name(model: str) -> str:

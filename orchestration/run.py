@@ -15,7 +15,7 @@ from cluster.inventory import local_inventory
 from orchestration.config import SweepConfig, make_config
 from orchestration.exit_codes import INTERRUPTED, NO_RESULT
 from orchestration.models import require_weights
-from orchestration.packs import plan_packs
+from orchestration.packs import local_packs, packs_sentence, plan_packs
 from orchestration.planning import Plan, make_plan, plan_to_dict, run_name
 from orchestration.progress import Progress
 from orchestration.results_table import show_results
@@ -44,7 +44,7 @@ def run_sweep(config: SweepConfig, source: str) -> int:
     _require_new(run)
     plan = _checked_plan(config)
     console = Console(highlight=False)
-    as_json = plan_to_dict(plan)
+    as_json = plan_to_dict(plan, local_packs(plan))
     _say_plan(console, plan, as_json)
 
     def write_inputs() -> None:
@@ -183,6 +183,8 @@ def _say_plan(console: Console, plan: Plan, as_json: dict[str, Any]) -> None:
         f"{plan.name}: {to_train + len(discarded)} candidates planned, {len(discarded)} discarded, "
         f"{to_train} to train; {plan.dataset_bits:,} dataset bits",
     )
+    if as_json["packs"]:
+        console.print(f"  {packs_sentence(as_json['packs'])}", markup=False, soft_wrap=True)
     for sentence in cut_ranks(as_json):
         console.print(f"  cut before any draw: {sentence}", markup=False, soft_wrap=True)
     for reason in sorted({item.reason for item in discarded}):

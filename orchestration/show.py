@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from orchestration.packs import packs_sentence
+
 MAX_LISTED = 20
 """Candidates of a kind that a terminal lists; the JSON has all of them."""
 
@@ -38,7 +40,7 @@ def show_check(plan: dict[str, Any]) -> None:
 
 def show_plan(plan: dict[str, Any]) -> None:
     """The whole plan, candidates grouped as the pruner judged them."""
-    parts = (_model, _data, _bits, _budget, _settings, _candidates, _discarded, _pitfalls)
+    parts = (_model, _data, _bits, _budget, _packs, _settings, _candidates, _discarded, _pitfalls)
     print("\n".join(line for part in parts for line in part(plan)))
 
 
@@ -85,6 +87,12 @@ def _budget(plan: dict[str, Any]) -> list[str]:
     return [
         f"a trial: {budget['num_examples']:,} examples, evaluated every {budget['eval_every']:,}"
     ]
+
+
+def _packs(plan: dict[str, Any]) -> list[str]:
+    if plan["engine"] == "solo":
+        return ["engine solo: every trial on workers of its own"]
+    return [packs_sentence(plan["packs"])] if plan["packs"] else []
 
 
 def _settings(plan: dict[str, Any]) -> list[str]:
