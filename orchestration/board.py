@@ -51,6 +51,7 @@ class Group:
     """One worker group: its places, its trials in the order in which they came, what it must hear."""
 
     incarnation: str
+    """Of its living workers; empty while it has none that are ready."""
     info: dict[str, Any]
     trials: list[Entry] = field(default_factory=list)
     commands: list[dict[str, Any]] = field(default_factory=list)
@@ -59,9 +60,14 @@ class Group:
 
 
 class Board:
-    """The state of a sweep between its trials and its groups."""
+    """The state of a sweep between its trials and its groups.
 
-    def __init__(self) -> None:
+    Args:
+        num_groups: groups of the sweep; those that said nothing yet are still loading.
+    """
+
+    def __init__(self, num_groups: int) -> None:
+        self.num_groups = num_groups
         self.places = 0
         self.entries: dict[str, Entry] = {}
         self.queue: list[Entry] = []
@@ -97,9 +103,9 @@ class Board:
         if entry.ended is not None:
             last = entry.rows[max(entry.rows)] if entry.rows else None
             return {"ended": entry.ended, "row": last}
-        if self.groups and all(group.lost for group in self.groups.values()):
-            reasons = sorted({group.lost for group in self.groups.values()})
-            raise ValueError(f"no worker group is left: {'; '.join(reasons)}")
+        reasons = [group.lost for group in self.groups.values() if group.lost]
+        if len(reasons) == self.num_groups:
+            raise ValueError(f"no worker group is left: {'; '.join(sorted(set(reasons)))}")
         return None
 
     def cancel(self, name: str) -> None:
@@ -115,15 +121,19 @@ class Board:
     # What groups say
 
     def begin(self, group: str) -> bool:
-        """A group's workers start, and will load the base; False: they died of it too often."""
+        """A group's workers start, and will load the base; False: they died of it too often. Those
+        before them are dead: their trials need not wait for the base where others have room."""
         self.starts[group] = self.starts.get(group, 0) + 1
-        if self.starts[group] <= MAX_STARTS:
-            return True
-        self.lose(group, f"its workers died {MAX_STARTS} times while they loaded the base")
-        return False
+        if self.starts[group] > MAX_STARTS:
+            self.lose(group, f"its workers died {MAX_STARTS} times while they loaded the base")
+            return False
+        old = self.groups.get(group)
+        if old is not None and not old.lost:
+            self._renew(group, Group("", old.info))
+        return True
 
     def hello(self, group: str, incarnation: str, info: dict[str, Any]) -> None:
-        """A group starts, or starts again after a death: then its trials go on, in their order."""
+        """A group is ready, at first or again after a death."""
         self.starts[group] = 0
         self._renew(group, Group(incarnation, info))
 
@@ -195,7 +205,7 @@ class Board:
                 return  # those behind it would keep every group busy for ever
 
     def _fits(self, entry: Entry, group: Group) -> bool:
-        if group.lost or not self.places:
+        if not group.incarnation or not self.places:
             return False
         if not group.trials:
             return True

@@ -12,8 +12,8 @@ class Broker:
     Calls that wait do so in slices: a caller that was told nothing asks again.
     """
 
-    def __init__(self) -> None:
-        self.board = Board()
+    def __init__(self, num_groups: int) -> None:
+        self.board = Board(num_groups)
         self.changed = asyncio.Condition()
 
     async def _notify(self) -> None:

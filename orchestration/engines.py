@@ -39,7 +39,9 @@ def _packed(plan: Plan, inventory: Inventory, run: RunPaths, progress: Progress)
         return
     storage = str((run.tune / "train").resolve())
     measured = measured_tokens(plan, demand) is not None
-    with Pool(demand, packs.num_groups, warm, measurement(plan, demand), storage) as pool:
+    one_run = plan.config.address is None and not inventory.num_gpus and demand.num_workers == 1
+    measure = measurement(plan, demand)
+    with Pool(demand, packs.num_groups, warm, measure, storage, one_run=one_run) as pool:
         progress.note(f"starting {packs.num_groups} worker groups, loading the base")
         if not measured:  # else Tune's own processes start beside the workers'
             packs = plan_packs(plan, inventory, pool.first_group()["max_tokens"])

@@ -28,6 +28,9 @@ class Pool:
         warm: the dict of a trial; its base and data are loaded before a group is ready.
         measure: see packs.measurement.
         storage: folder for Ray Train's own state.
+        one_run: all groups are one Ray Train run, each of one worker. A run costs about 18 CPU-seconds of
+            Ray's own processes, which count on a laptop; but the death of one worker restarts all
+            workers of its run, which counts on a cluster.
         serve: the Train function of a group; default: trainers.worker.serve_worker.
     """
 
@@ -38,9 +41,12 @@ class Pool:
         warm: dict[str, Any],
         measure: dict[str, Any],
         storage: str,
+        *,
+        one_run: bool = False,
         serve: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        self.serve = serve or _serve
+        assert not one_run or demand.num_workers == 1
+        self.serve, self.one_run = serve or _serve, one_run
         self.demand, self.num_groups, self.storage = demand, num_groups, storage
         self.config = {"warm": warm, "measure": measure}
         # A namespace of its own: two sweeps may share a cluster.
@@ -54,11 +60,10 @@ class Pool:
         from orchestration.broker import Broker
 
         options = {"num_cpus": 0, "max_concurrency": MAX_WAITING_TRIALS, **self.address}
-        self.broker = ray.remote(Broker).options(**options).remote()
-        for number in range(self.num_groups):
-            thread = threading.Thread(
-                target=self._run_group, args=(f"group-{number}",), daemon=True
-            )
+        self.broker = ray.remote(Broker).options(**options).remote(self.num_groups)
+        names = [f"group-{number}" for number in range(self.num_groups)]
+        for groups in [names] if self.one_run else [[name] for name in names]:
+            thread = threading.Thread(target=self._run_groups, args=(groups,), daemon=True)
             thread.start()
             self.threads.append(thread)
         return self
@@ -71,17 +76,18 @@ class Pool:
             thread.join()
         ray.kill(self.broker)
 
-    def _run_group(self, name: str) -> None:
+    def _run_groups(self, groups: list[str]) -> None:
+        """One Ray Train run, from start to end."""
         import ray
 
         try:
-            self._trainer(name).fit()
+            self._trainer(groups).fit()
             reason = "it was told to stop"
         except Exception as error:  # the boundary of a thread: the trials must hear of any end
             reason = _telling_line(error)
-        ray.get(self.broker.lose.remote(name, reason))
+        ray.get([self.broker.lose.remote(name, reason) for name in groups])
 
-    def _trainer(self, name: str) -> Any:
+    def _trainer(self, groups: list[str]) -> Any:
         import ray.train
         from ray.train.torch import TorchTrainer
 
@@ -90,14 +96,14 @@ class Pool:
             resources["GPU"] = self.demand.gpus_per_worker
         return TorchTrainer(
             self.serve,
-            train_loop_config={"broker": self.address, "group": name, **self.config},
+            train_loop_config={"broker": self.address, "groups": groups, **self.config},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=self.demand.num_workers,
+                num_workers=self.demand.num_workers * len(groups),
                 use_gpu=bool(self.demand.gpus_per_worker),
                 resources_per_worker=resources,
             ),
             run_config=ray.train.RunConfig(
-                name=name,
+                name=groups[0],
                 storage_path=self.storage,
                 failure_config=ray.train.FailureConfig(
                     max_failures=GROUP_RESTARTS, controller_failure_limit=START_FAILURES

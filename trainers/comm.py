@@ -11,8 +11,8 @@ import torch.distributed as dist
 class Comm:
     """Collectives over the workers of this trial; alone, every sum is the value itself."""
 
-    def __init__(self) -> None:
-        self.distributed = dist.is_available() and dist.is_initialized()
+    def __init__(self, *, alone: bool = False) -> None:
+        self.distributed = dist.is_available() and dist.is_initialized() and not alone
         self.world_size = dist.get_world_size() if self.distributed else 1
         self.world_rank = dist.get_rank() if self.distributed else 0
 

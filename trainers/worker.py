@@ -45,13 +45,17 @@ def train_worker(config: dict[str, Any]) -> dict[str, str]:
 def serve_worker(config: dict[str, Any]) -> None:
     """Runs on every worker of a warm group until the broker says stop.
 
-    config: {"broker": {"name", "namespace"}, "group": its name, "warm": the dict of a trial whose base
+    config: {"broker": {"name", "namespace"}, "groups": names of the groups of this Train run (one, or one for
+    each worker), "warm": the dict of a trial whose base
     and data are loaded before the group says that it is ready, "measure": {"path", "lora_rank",
     "row_tokens"}: see trainers/measure.py}.
     """
     _use_own_device()
-    comm = Comm()
-    link = BrokerLink(config["broker"], config["group"])
+    groups, context = config["groups"], ray.train.get_context()
+    # Groups that share a run have a worker each, which shares nothing with the others.
+    comm = Comm(alone=len(groups) > 1)
+    group = groups[context.get_world_rank()] if len(groups) > 1 else groups[0]
+    link = BrokerLink(config["broker"], group)
     if not comm.share(link.begin() if comm.world_rank == 0 else None):
         return
     began = time.perf_counter()

@@ -1,0 +1,669 @@
+"""The board between trials and groups: who gets which place, and what everyone is told."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from orchestration.board import MAX_CRASHES, MAX_STARTS, SHARED_CRASHES, Board
+from trainers.metrics import DIVERGED_LOSS
+
+BASE = {"model": "base", "quantization": "nf4"}
+DATA = {"data": "rows.jsonl", "seq_len": 64}
+ENDED_BY_SCHEDULER = {"status": "stopped", "reason": "stopped by its scheduler"}
+
+
+def trial(name: str, *, full: bool = False, **other: dict) -> dict:
+    """A trial's dict, as far as the board reads it."""
+    parts = {"base": BASE, "data": DATA, "candidate": {"full_finetune": full}}
+    return {"name": name} | parts | other
+
+
+def row_event(name: str, index: int, *, last: bool = False) -> dict:
+    return {"kind": "row", "trial": name, "index": index, "row": row(index), "last": last}
+
+
+def end_event(name: str, status: str = "finished", reason: str = "") -> dict:
+    return {"kind": "end", "trial": name, "status": status, "reason": reason}
+
+
+def row(index: int) -> dict:
+    return {"examples": 16 * (index + 1), "eval_loss": 3.0 - index}
+
+
+def enter(name: str, index: int = 0) -> tuple:
+    return ("enter", name, index)
+
+
+def board_of(*groups: str, places: int = 2) -> Board:
+    """A board whose groups are ready and open."""
+    board = Board(num_groups=len(groups))
+    for name in groups:
+        ready(board, name)
+    board.open(places)
+    return board
+
+
+def ready(board: Board, group: str, incarnation: str = "first") -> None:
+    """A group's workers start and have loaded the base."""
+    assert board.begin(group)
+    board.hello(group, incarnation, {"max_tokens": 512})
+
+
+def told(board: Board, group: str) -> list[tuple]:
+    """What a group hears, as (kind, trial, index)."""
+    return [
+        (command["kind"], _name_of(command), command.get("index"))
+        for command in board.take_commands(group)
+    ]
+
+
+def _name_of(command: dict) -> str | None:
+    found = command.get("trial")
+    return found["name"] if isinstance(found, dict) else found
+
+
+def placed(board: Board) -> dict[str, list[str]]:
+    """Group -> names of its trials, in the order in which they came."""
+    return {name: [entry.name for entry in g.trials] for name, g in board.groups.items()}
+
+
+def waiting(board: Board) -> list[str]:
+    return [entry.name for entry in board.queue]
+
+
+def ask_all(board: Board, *names: str) -> None:
+    for name in names:
+        board.ask(trial(name), 0)
+
+
+def die(board: Board, group: str, incarnation: str) -> None:
+    """A group's workers die while they train, and new ones come back."""
+    board.take_commands(group)
+    ready(board, group, incarnation)
+
+
+# Places
+
+
+def test_ask_more_than_places_holds_only_places_and_the_rest_waits_in_order():
+    board = board_of("g")
+    ask_all(board, "a", "b", "c", "d")
+    assert placed(board) == {"g": ["a", "b"]}
+    assert waiting(board) == ["c", "d"]
+    assert told(board, "g") == [enter("a"), enter("b")]
+
+
+def test_ask_before_open_or_before_a_group_is_ready_waits_then_enters_in_the_order_of_asking():
+    board = Board(num_groups=1)
+    ask_all(board, "c", "a", "b")
+    ready(board, "g")
+    assert told(board, "g") == []
+    board.open(2)
+    assert told(board, "g") == [enter("c"), enter("a")]
+    assert waiting(board) == ["b"]
+
+
+def test_open_a_second_time_with_more_places_lets_the_waiting_in():
+    board = board_of("g", places=1)
+    ask_all(board, "a", "b", "c")
+    board.open(3)
+    assert told(board, "g") == [enter("a"), enter("b"), enter("c")]
+
+
+def test_open_with_fewer_places_lets_nobody_in_before_there_is_room():
+    board = board_of("g", places=2)
+    ask_all(board, "a", "b", "c")
+    board.open(1)
+    board.cancel("a")
+    assert placed(board) == {"g": ["b"]}
+    board.cancel("b")
+    assert placed(board) == {"g": ["c"]}
+
+
+def test_ask_two_groups_takes_the_emptier_one():
+    board = board_of("g", "h", places=2)
+    ask_all(board, "a", "b", "c", "d", "e")
+    assert placed(board) == {"g": ["a", "c"], "h": ["b", "d"]}
+    assert waiting(board) == ["e"]
+
+
+def test_group_that_comes_later_takes_those_that_wait():
+    board = board_of("g", places=1)
+    ask_all(board, "a", "b", "c")
+    ready(board, "h")
+    assert placed(board) == {"g": ["a"], "h": ["b"]}
+
+
+# Asking
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_ask_again_changes_nothing(times):
+    board = board_of("g")
+    for _ in range(times):
+        board.ask(trial("a"), 0)
+    assert told(board, "g") == [enter("a")]
+    for _ in range(times):
+        board.ask(trial("a"), 1)
+    assert told(board, "g") == [("allow", "a", 1)]
+    board.ask(trial("a"), 0)  # a new actor of the trial starts over
+    assert told(board, "g") == []
+
+
+def test_ask_the_next_allows_only_that_trial():
+    board = board_of("g")
+    ask_all(board, "a", "b")
+    told(board, "g")
+    board.hear([row_event("a", 0), row_event("b", 0)])
+    assert told(board, "g") == []  # nobody asked for more yet
+    board.ask(trial("b"), 1)
+    assert told(board, "g") == [("allow", "b", 1)]
+
+
+def test_ask_further_while_waiting_enters_with_the_last_number():
+    board = board_of("g", places=1)
+    ask_all(board, "a", "b")
+    board.ask(trial("b"), 2)
+    assert told(board, "g") == [enter("a")]
+    board.cancel("a")
+    assert told(board, "g") == [("cancel", "a", None), enter("b", 2)]
+
+
+def test_take_commands_tells_each_command_once():
+    board = board_of("g")
+    ask_all(board, "a")
+    assert told(board, "g") == [enter("a")]
+    assert told(board, "g") == []
+
+
+def test_take_commands_of_a_board_that_stops_ends_with_stop_every_time():
+    board = board_of("g")
+    ask_all(board, "a")
+    board.stopping = True
+    assert told(board, "g") == [enter("a"), ("stop", None, None)]
+    assert told(board, "g") == [("stop", None, None)]
+
+
+# Answers
+
+
+def test_answer_is_none_until_the_row_is_there():
+    board = Board(num_groups=1)
+    ask_all(board, "a")
+    assert board.answer("a", 0) is None  # no group yet
+    ready(board, "g")
+    board.open(1)
+    assert board.answer("a", 0) is None
+    board.hear([row_event("a", 0)])
+    assert board.answer("a", 0) == {"row": row(0), "last": False}
+    assert board.answer("a", 1) is None
+
+
+def test_answer_of_the_last_row_says_so_and_earlier_rows_are_answered_as_before():
+    board = board_of("g")
+    ask_all(board, "a")
+    board.hear([row_event("a", 0), row_event("a", 1, last=True), end_event("a")])
+    assert board.answer("a", 1) == {"row": row(1), "last": True}
+    assert board.answer("a", 0) == {"row": row(0), "last": False}
+    assert board.answer("a", 2) == {
+        "ended": {"status": "finished", "reason": ""},
+        "row": row(1),
+    }
+
+
+def test_answer_of_a_trial_that_diverged_gives_the_reason_and_its_last_row():
+    board = board_of("g")
+    ask_all(board, "a")
+    board.hear([row_event("a", 0), end_event("a", "diverged", "train_loss nan at step 3")])
+    ended = {"status": "diverged", "reason": "train_loss nan at step 3"}
+    assert board.answer("a", 1) == {"ended": ended, "row": row(0)}
+    assert DIVERGED_LOSS not in board.entries["a"].rows[0].values()
+
+
+def test_answer_of_a_trial_that_failed_before_any_row_has_none():
+    board = board_of("g")
+    ask_all(board, "a")
+    board.hear([end_event("a", "failed", "no such layer")])
+    ended = {"status": "failed", "reason": "no such layer"}
+    assert board.answer("a", 0) == {"ended": ended, "row": None}
+
+
+def test_answer_of_a_cancelled_trial_says_stopped():
+    board = board_of("g")
+    ask_all(board, "a")
+    board.cancel("a")
+    assert board.answer("a", 0) == {"ended": ENDED_BY_SCHEDULER, "row": None}
+
+
+def test_answer_with_no_group_left_names_each_reason_once():
+    board = board_of("g", "h", "i")
+    ask_all(board, "a")
+    for group in ("g", "h"):
+        board.lose(group, "OutOfMemoryError: 5 GB")
+    assert board.answer("a", 0) is None  # one is left
+    board.lose("i", "ValueError: no such file")
+    with pytest.raises(ValueError, match="no worker group is left") as error:
+        board.answer("a", 0)
+    assert str(error.value).count("OutOfMemoryError: 5 GB") == 1
+    assert "ValueError: no such file" in str(error.value)
+
+
+def test_answer_with_a_group_that_still_loads_is_not_an_error():
+    board = Board(num_groups=2)
+    board.begin("g")
+    board.begin("h")
+    board.lose("g", "OutOfMemoryError")
+    board.open(1)
+    ask_all(board, "a")
+    assert board.answer("a", 0) is None
+    ready(board, "h")
+    assert told(board, "h") == [enter("a")]
+
+
+def test_answer_of_rows_that_are_there_outlives_the_groups():
+    board = board_of("g")
+    ask_all(board, "a", "b")
+    board.hear([row_event("a", 0), end_event("b", "failed", "no")])
+    board.lose("g", "gone")
+    assert board.answer("a", 0) == {"row": row(0), "last": False}
+    assert board.answer("b", 0) == {"ended": {"status": "failed", "reason": "no"}, "row": None}
+    with pytest.raises(ValueError, match="gone"):
+        board.answer("a", 1)
+
+
+# Rows and ends
+
+
+def test_row_told_twice_is_one_row():
+    board = board_of("g", places=1)
+    ask_all(board, "a", "b")
+    events = [row_event("a", 0), row_event("a", 1, last=True), end_event("a")]
+    board.hear(events)
+    board.hear(events)
+    assert board.answer("a", 0) == {"row": row(0), "last": False}
+    assert board.answer("a", 1) == {"row": row(1), "last": True}
+    assert placed(board) == {"g": ["b"]}
+    assert waiting(board) == []
+
+
+def test_end_frees_the_place_at_once_and_the_first_end_counts():
+    board = board_of("g", places=1)
+    ask_all(board, "a", "b")
+    told(board, "g")
+    board.hear([end_event("a", "diverged", "nan"), end_event("a", "finished")])
+    assert told(board, "g") == [enter("b")]  # the group itself ended a, and need not be told
+    assert board.answer("a", 0) == {"ended": {"status": "diverged", "reason": "nan"}, "row": None}
+
+
+def test_row_of_a_cancelled_trial_does_not_bring_it_back():
+    board = board_of("g", places=1)
+    ask_all(board, "a", "b")
+    board.cancel("a")
+    board.hear([row_event("a", 0), end_event("a")])
+    assert placed(board) == {"g": ["b"]}
+    assert board.answer("a", 1) == {"ended": ENDED_BY_SCHEDULER, "row": row(0)}
+
+
+# Cancelling
+
+
+def test_cancel_frees_the_place_and_the_next_enters_after_the_cancel_in_one_list():
+    board = board_of("g", places=2)
+    ask_all(board, "a", "b", "c", "d")
+    told(board, "g")
+    board.cancel("b")
+    board.cancel("a")
+    assert told(board, "g") == [
+        ("cancel", "b", None),
+        enter("c"),
+        ("cancel", "a", None),
+        enter("d"),
+    ]
+    assert placed(board) == {"g": ["c", "d"]}
+
+
+def test_cancel_of_a_trial_that_waits_takes_it_out_of_the_line_and_tells_no_group():
+    board = board_of("g", places=1)
+    ask_all(board, "a", "b", "c")
+    told(board, "g")
+    board.cancel("b")
+    assert told(board, "g") == []
+    assert waiting(board) == ["c"]
+
+
+@pytest.mark.parametrize("first", ["cancel", "end"])
+def test_cancel_of_what_has_ended_changes_nothing(first):
+    board = board_of("g", places=1)
+    ask_all(board, "a", "b")
+    if first == "cancel":
+        board.cancel("a")
+    else:
+        board.hear([end_event("a")])
+    told(board, "g")
+    answer = board.answer("a", 0)
+    board.cancel("a")
+    assert told(board, "g") == []
+    assert board.answer("a", 0) == answer
+
+
+def test_cancel_of_a_trial_that_never_asked_changes_nothing():
+    board = board_of("g")
+    board.cancel("nobody")
+    ask_all(board, "a")
+    assert placed(board) == {"g": ["a"]}
+
+
+# Deaths
+
+
+def test_hello_after_a_death_lets_its_trials_in_again_first_and_in_their_order():
+    board = board_of("g", places=2)
+    ask_all(board, "a", "b", "c", "d")
+    board.hear([row_event("a", 0)])
+    board.ask(trial("a"), 1)
+    die(board, "g", "second")
+    assert told(board, "g") == [enter("a", 1), enter("b")]
+    assert waiting(board) == ["c", "d"]
+    assert [board.entries[name].crashes for name in "abcd"] == [1, 1, 0, 0]
+
+
+def test_begin_after_a_death_gives_the_trials_to_others_before_the_base_is_loaded_again():
+    board = board_of("g", "h", places=2)
+    ask_all(board, "a", "b", "c", "d")  # a and c in g
+    board.cancel("b")
+    told(board, "g")
+    told(board, "h")
+    board.begin("g")
+    assert placed(board) == {"g": [], "h": ["d", "a"]}
+    assert told(board, "h") == [enter("a")]
+    assert waiting(board) == ["c"]
+    ready(board, "g", "second")
+    assert told(board, "g") == [enter("c")]
+
+
+def test_begin_after_a_death_lets_nobody_into_the_group_that_loads():
+    board = board_of("g", places=2)
+    ask_all(board, "a")
+    board.take_commands("g")
+    board.begin("g")
+    ask_all(board, "b")
+    assert placed(board) == {"g": []}
+    board.hello("g", "second", {})
+    assert told(board, "g") == [enter("a"), enter("b")]
+    assert [board.entries[name].crashes for name in "ab"] == [1, 0]
+
+
+def test_is_current_is_true_of_the_living_workers_alone():
+    board = board_of("g")
+    assert board.is_current("g", "first")
+    assert not board.is_current("h", "first")
+    board.begin("g")
+    assert not board.is_current("g", "first")
+    board.hello("g", "second", {})
+    assert not board.is_current("g", "first")
+    assert board.is_current("g", "second")
+    board.lose("g", "gone")
+    assert not board.is_current("g", "second")
+
+
+def test_commands_for_dead_workers_are_not_told_to_the_new_ones():
+    board = board_of("g", places=2)
+    ask_all(board, "a", "b")
+    board.hear([row_event("a", 0)])
+    board.ask(trial("a"), 1)
+    board.cancel("b")
+    die(board, "g", "second")
+    assert told(board, "g") == [enter("a", 1)]
+
+
+def test_trial_that_shared_deaths_gets_a_group_for_itself():
+    board = board_of("g", places=3)
+    ask_all(board, "a", "b", "c")
+    for number in range(SHARED_CRASHES):
+        assert placed(board) == {"g": ["a", "b", "c"]}
+        die(board, "g", f"after {number}")
+    assert placed(board) == {"g": ["a"]}
+    ask_all(board, "d")  # it may share, but those before it must come to their turn
+    board.hear([end_event("a")])
+    assert placed(board) == {"g": ["b"]}
+    board.hear([end_event("b")])
+    assert placed(board) == {"g": ["c"]}
+    board.hear([end_event("c")])
+    assert placed(board) == {"g": ["d"]}
+
+
+def test_trial_that_kills_its_workers_fails_alone_and_the_others_go_on():
+    board = board_of("g", places=3)
+    ask_all(board, "a", "killer", "c")
+    deaths = 0
+    while board.entries["killer"].ended is None:
+        if "killer" in placed(board)["g"]:
+            deaths += 1
+            die(board, "g", f"after {deaths}")
+        else:
+            (alone,) = placed(board)["g"]
+            board.hear([end_event(alone)])
+    assert deaths == MAX_CRASHES
+    answer = board.answer("killer", 0)
+    assert answer is not None
+    assert answer["ended"]["status"] == "failed"
+    assert f"its worker died {MAX_CRASHES} times" in answer["ended"]["reason"]
+    assert placed(board) == {"g": ["c"]}
+    assert board.entries["c"].crashes == SHARED_CRASHES  # no more than it shared
+
+
+def test_begin_more_often_than_the_limit_gives_the_group_up():
+    board = Board(num_groups=1)
+    ask_all(board, "a")
+    assert [board.begin("g") for _ in range(MAX_STARTS + 1)] == [*[True] * MAX_STARTS, False]
+    with pytest.raises(ValueError, match=f"died {MAX_STARTS} times while they loaded the base"):
+        board.answer("a", 0)
+
+
+def test_begin_counts_the_starts_in_a_row_alone():
+    board = Board(num_groups=2)
+    for number in range(3):
+        assert all(board.begin("g") for _ in range(MAX_STARTS))
+        board.hello("g", str(number), {})
+    assert board.begin("h")  # another group's starts are its own
+    assert all(board.begin("g") for _ in range(MAX_STARTS))
+    assert not board.begin("g")
+
+
+def test_lose_gives_the_trials_to_others_and_keeps_the_first_reason():
+    board = board_of("g", "h", places=2)
+    ask_all(board, "a", "b", "c")  # a and c in g
+    board.lose("g", "OutOfMemoryError")
+    board.lose("g", "it was told to stop")
+    assert placed(board) == {"g": [], "h": ["b", "a"]}
+    assert waiting(board) == ["c"]
+    assert board.groups["g"].lost == "OutOfMemoryError"
+
+
+def test_lost_group_gets_no_trial():
+    board = board_of("g", "h", places=1)
+    board.lose("g", "gone")
+    ask_all(board, "a", "b")
+    assert placed(board) == {"g": [], "h": ["a"]}
+    assert waiting(board) == ["b"]
+
+
+# Who may share a group
+
+
+def test_full_finetune_has_a_group_for_itself_and_those_behind_it_wait():
+    board = board_of("g", places=2)
+    ask_all(board, "a")
+    board.ask(trial("full", full=True), 0)
+    ask_all(board, "b")
+    assert placed(board) == {"g": ["a"]}
+    assert waiting(board) == ["full", "b"]
+    board.hear([end_event("a")])
+    assert placed(board) == {"g": ["full"]}
+    board.hear([end_event("full")])
+    assert placed(board) == {"g": ["b"]}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"base": BASE | {"quantization": "none"}},
+        {"base": BASE | {"model": "another"}},
+        {"data": DATA | {"seq_len": 32}},
+    ],
+)
+def test_trial_of_another_base_or_data_enters_another_group_or_an_empty_one(other):
+    board = board_of("g", "h", places=2)
+    ask_all(board, "a")
+    board.ask(trial("x", **other), 0)
+    board.ask(trial("y", **other), 0)
+    ask_all(board, "b")
+    assert placed(board) == {"g": ["a", "b"], "h": ["x", "y"]}
+    board.ask(trial("z", **other), 0)
+    board.hear([end_event("a")])
+    assert waiting(board) == ["z"]  # there is room in g, but not for it
+    ask_all(board, "c")
+    assert placed(board)["g"] == ["b", "c"]
+    board.hear([end_event("b"), end_event("c")])
+    assert placed(board) == {"g": ["z"], "h": ["x", "y"]}
+
+
+def test_pack_key_does_not_depend_on_the_order_of_keys():
+    board = board_of("g", places=2)
+    ask_all(board, "a")
+    board.ask(trial("b", base=dict(reversed(BASE.items()))), 0)
+    assert placed(board) == {"g": ["a", "b"]}
+
+
+# Any order of events
+
+
+class Sweep:
+    """A random sweep over a board: its groups live, die and are lost, its trials ask and end."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.groups = [f"g{i}" for i in range(self.rng.randint(1, 3))]
+        self.board = Board(num_groups=len(self.groups))
+        self.names = [f"t{i}" for i in range(self.rng.randint(1, 9))]
+        self.kinds = {name: self._kind() for name in self.names}
+        self.places = self.rng.randint(1, 4)
+        self.board.open(self.places)
+        self.incarnations = 0
+
+    def _kind(self) -> dict:
+        other = [{"base": BASE | {"model": "another"}}, {"full": True}]
+        return self.rng.choice([{}, {}, {}, *other])
+
+    def step(self) -> None:
+        """Something happens."""
+        events: list[Callable[[], None]] = [self._ask] * 6 + [self._worker_speaks] * 6
+        events += [self._cancel, self._take, self._take, self._group_starts, self._group_starts]
+        if self.rng.random() < 0.02:
+            events = [self._lose]
+        self.rng.choice(events)()
+
+    def _ask(self) -> None:
+        name = self.rng.choice(self.names)
+        entry = self.board.entries.get(name)
+        index = entry.asked + self.rng.randint(0, 1) if entry else 0
+        self.board.ask(trial(name, **self.kinds[name]), index)
+
+    def _cancel(self) -> None:
+        self.board.cancel(self.rng.choice(self.names))
+
+    def _take(self) -> None:
+        name = self.rng.choice(self.groups)
+        if name in self.board.groups:
+            self.board.take_commands(name)
+
+    def _worker_speaks(self) -> None:
+        inside = [entry for group in self.board.groups.values() for entry in group.trials]
+        if not inside:
+            return
+        entry = self.rng.choice(inside)
+        if len(entry.rows) <= entry.asked:
+            self.board.hear([row_event(entry.name, len(entry.rows))])
+        elif self.rng.random() < 0.5:
+            status = self.rng.choice(["finished", "diverged", "failed"])
+            self.board.hear([end_event(entry.name, status)])
+
+    def _group_starts(self) -> None:
+        name = self.rng.choice(self.groups)
+        old = self.board.groups.get(name)
+        if (old and old.lost) or not self.board.begin(name):
+            return
+        if self.rng.random() < 0.7:
+            self.incarnations += 1
+            self.board.hello(name, str(self.incarnations), {})
+
+    def _lose(self) -> None:
+        self.board.lose(self.rng.choice(self.groups), "gone")
+
+    def check(self) -> None:
+        """What must hold after every event."""
+        groups = self.board.groups.values()
+        for group in groups:
+            assert len(group.trials) <= self.places
+            assert not (group.lost and group.trials)
+            assert len({self._sort(entry.name) for entry in group.trials}) <= 1
+            alone = [entry for entry in group.trials if self._needs_itself(entry)]
+            assert not alone or len(group.trials) == 1
+        inside = [entry.name for group in groups for entry in group.trials]
+        queue = waiting(self.board)
+        ended = [name for name, entry in self.board.entries.items() if entry.ended]
+        assert sorted(inside + queue + ended) == sorted(self.board.entries)
+        self._check_that_nobody_waits_in_vain()
+
+    def _sort(self, name: str) -> str:
+        return str(self.kinds[name].get("base"))
+
+    def _needs_itself(self, entry) -> bool:
+        return "full" in self.kinds[entry.name] or entry.crashes >= SHARED_CRASHES
+
+    def _check_that_nobody_waits_in_vain(self) -> None:
+        ready = [g for g in self.board.groups.values() if g.incarnation and not g.lost]
+        for entry in self.board.queue:
+            for group in ready:
+                assert group.trials, f"{entry.name} waits, and a group is empty"
+                shares = not any(self._needs_itself(other) for other in group.trials)
+                same = self._sort(group.trials[0].name) == self._sort(entry.name)
+                room = len(group.trials) < self.places
+                assert self._needs_itself(entry) or not (shares and same and room)
+            if self._needs_itself(entry):
+                return  # whoever stands behind it waits for it
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_board_any_order_of_events_keeps_the_places_and_lets_nobody_wait_in_vain(block):
+    for seed in range(40 * block, 40 * (block + 1)):
+        sweep = Sweep(seed)
+        for _ in range(120):
+            sweep.step()
+            sweep.check()
+
+
+@pytest.mark.parametrize("block", range(5))
+def test_board_any_sweep_ends_when_its_groups_stay_alive(block):
+    for seed in range(20 * block, 20 * (block + 1)):
+        sweep = Sweep(seed)
+        for _ in range(60):
+            sweep.step()
+        board = sweep.board
+        living = [name for name in sweep.groups if not board.groups.get(name, LOST).lost]
+        if not living:
+            continue
+        for name in living:
+            board.hello(name, f"last of {name}", {})
+        for name in sweep.names:
+            board.ask(trial(name, **sweep.kinds[name]), 0)
+        for _ in sweep.names:
+            for name in [entry.name for g in board.groups.values() for entry in list(g.trials)]:
+                board.hear([end_event(name)])
+        assert all(board.entries[name].ended for name in sweep.names)
+        assert waiting(board) == []
+
+
+class LOST:
+    lost = ""
