@@ -41,9 +41,14 @@ class Entry:
         return repr([sorted(self.trial[part].items()) for part in ("base", "data")])
 
     @property
+    def suspect(self) -> bool:
+        """Whether its next death must be nobody else's."""
+        return self.crashes >= SHARED_CRASHES
+
+    @property
     def exclusive(self) -> bool:
         """Whether it needs a group for itself."""
-        return self.trial["candidate"]["full_finetune"] or self.crashes >= SHARED_CRASHES
+        return self.trial["candidate"]["full_finetune"] or self.suspect
 
 
 @dataclass
@@ -64,10 +69,11 @@ class Board:
 
     Args:
         num_groups: groups of the sweep; those that said nothing yet are still loading.
+        one_run: whether the death of one group's worker restarts all groups (see pool.Pool).
     """
 
-    def __init__(self, num_groups: int) -> None:
-        self.num_groups = num_groups
+    def __init__(self, num_groups: int, *, one_run: bool = False) -> None:
+        self.num_groups, self.one_run = num_groups, one_run
         self.places = 0
         self.entries: dict[str, Entry] = {}
         self.queue: list[Entry] = []
@@ -127,23 +133,31 @@ class Board:
         if self.starts[group] > MAX_STARTS:
             self.lose(group, f"its workers died {MAX_STARTS} times while they loaded the base")
             return False
-        old = self.groups.get(group)
-        if old is not None and not old.lost:
-            self._renew(group, Group("", old.info))
+        if group in self.groups and self.groups[group].incarnation:
+            for name in reversed(self.groups) if self.one_run else [group]:
+                self._bury(name)
+            self._assign()
         return True
+
+    def _bury(self, name: str) -> None:
+        group = self.groups[name]
+        if group.incarnation:
+            self._replace(name, Group("", group.info))
 
     def hello(self, group: str, incarnation: str, info: dict[str, Any]) -> None:
         """A group is ready, at first or again after a death."""
         self.starts[group] = 0
-        self._renew(group, Group(incarnation, info))
+        self._replace(group, Group(incarnation, info))
+        self._assign()
 
     def lose(self, group: str, reason: str) -> None:
         """A group will not come back; its trials go to others. The first reason is kept."""
         if group in self.groups and self.groups[group].lost:
             return
-        self._renew(group, Group("", {}, lost=reason))
+        self._replace(group, Group("", {}, lost=reason))
+        self._assign()
 
-    def _renew(self, name: str, group: Group) -> None:
+    def _replace(self, name: str, group: Group) -> None:
         old = self.groups.get(name)
         self.groups[name] = group
         for entry in reversed(old.trials if old else []):
@@ -155,7 +169,6 @@ class Board:
                 entry.ended = {"status": "failed", "reason": reason}
             else:
                 self.queue.insert(0, entry)
-        self._assign()
 
     def is_current(self, group: str, incarnation: str) -> bool:
         """Whether a group's message is from its living workers."""
@@ -207,12 +220,18 @@ class Board:
     def _fits(self, entry: Entry, group: Group) -> bool:
         if not group.incarnation or not self.places:
             return False
+        if self.one_run and self._shares_a_suspects_fate(entry):
+            return False
         if not group.trials:
             return True
         if entry.exclusive or any(other.exclusive for other in group.trials):
             return False
         same = group.trials[0].pack_key == entry.pack_key
         return same and len(group.trials) < self.places
+
+    def _shares_a_suspects_fate(self, entry: Entry) -> bool:
+        others = [other for group in self.groups.values() for other in group.trials]
+        return bool(others) and any(one.suspect for one in (entry, *others))
 
     def _give(self, entry: Entry, name: str) -> None:
         self.queue.remove(entry)

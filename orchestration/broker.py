@@ -12,8 +12,8 @@ class Broker:
     Calls that wait do so in slices: a caller that was told nothing asks again.
     """
 
-    def __init__(self, num_groups: int) -> None:
-        self.board = Board(num_groups)
+    def __init__(self, num_groups: int, one_run: bool) -> None:
+        self.board = Board(num_groups, one_run=one_run)
         self.changed = asyncio.Condition()
 
     async def _notify(self) -> None:

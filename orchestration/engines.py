@@ -56,7 +56,9 @@ def _packed(plan: Plan, inventory: Inventory, run: RunPaths, progress: Progress)
             run,
             # One more than there are places: a freed place is filled without waiting for Tune.
             max_concurrent=packs.num_groups * packs.places + 1,
-            callback=Ledger(run, progress, work.trackers(), on_end=pool.cancel),
+            callback=Ledger(
+                run, progress, work.trackers(), on_end=pool.cancel, check=pool.require_group
+            ),
         )
         write_json(run.packs, facts | {"groups": pool.groups()})
 

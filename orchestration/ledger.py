@@ -15,7 +15,13 @@ from trainers.paths import RunPaths
 
 class Ledger(tune.Callback):
     """Follows the trials. A stop by the scheduler is seen here and nowhere else: Tune ends the trial's
-    processes without telling them."""
+    processes without telling them.
+
+    Args:
+        on_end: is told of each trial that ended.
+        check: called before a trial is tried again or has failed; raises where the sweep as a whole
+            cannot go on, so that its trials stay as they are.
+    """
 
     def __init__(
         self,
@@ -23,8 +29,10 @@ class Ledger(tune.Callback):
         progress: Progress,
         trackers: list[Tracker],
         on_end: Callable[[str], None] = lambda name: None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.run, self.progress, self.trackers, self.on_end = run, progress, trackers, on_end
+        self.run, self.progress, self.trackers = run, progress, trackers
+        self.on_end, self.check = on_end, check
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks into tuner.pkl; a terminal and open trackers cannot go there.
@@ -49,7 +57,11 @@ class Ledger(tune.Callback):
         ended = (trial.last_result or {}).get("ended", stopped)
         self._end(trial, ended["status"], ended["reason"])
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.check()
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.check()
         self._end(trial, "failed", error_line(trial))
 
     def _end(self, trial: Any, status: str, reason: str) -> None:

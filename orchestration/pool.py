@@ -60,7 +60,7 @@ class Pool:
         from orchestration.broker import Broker
 
         options = {"num_cpus": 0, "max_concurrency": MAX_WAITING_TRIALS, **self.address}
-        self.broker = ray.remote(Broker).options(**options).remote(self.num_groups)
+        self.broker = ray.remote(Broker).options(**options).remote(self.num_groups, self.one_run)
         names = [f"group-{number}" for number in range(self.num_groups)]
         for groups in [names] if self.one_run else [[name] for name in names]:
             thread = threading.Thread(target=self._run_groups, args=(groups,), daemon=True)
@@ -129,9 +129,18 @@ class Pool:
             if ready:
                 return ready[0]
             if len(groups) == self.num_groups:
-                reasons = sorted({info["lost"] for info in groups.values()})
-                raise ValueError(f"no worker group could start: {'; '.join(reasons)}")
+                raise ValueError(f"no worker group could start: {_reasons(groups)}")
             time.sleep(POLL_S)
+
+    def require_group(self) -> None:
+        """Returns while a group is there or may still come.
+
+        Raises:
+            ValueError: every group is lost.
+        """
+        groups = self.groups()
+        if len(groups) == self.num_groups and all("lost" in info for info in groups.values()):
+            raise ValueError(f"no worker group is left: {_reasons(groups)}")
 
     def open(self, places: int) -> None:
         """Lets trials in, so many at once in each group."""
@@ -148,6 +157,10 @@ def _serve(config: dict[str, Any]) -> None:
     from trainers.worker import serve_worker  # torch is imported in the worker alone
 
     serve_worker(config)
+
+
+def _reasons(groups: dict[str, dict[str, Any]]) -> str:
+    return "; ".join(sorted({info["lost"] for info in groups.values()}))
 
 
 def _telling_line(error: Exception) -> str:

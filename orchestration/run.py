@@ -4,6 +4,7 @@ and write results."""
 import fcntl
 import importlib.metadata
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,7 +130,7 @@ def _train(plan: Plan, run: RunPaths, console: Console, write_inputs: Any) -> in
         sweep.start_ray(plan.config.address)
         inventory = sweep.cluster_inventory(local=plan.config.address is None)
         plan_packs(plan, inventory)
-        with _driving(run):
+        with _driving(run), _removed_if_refused(run):
             write_inputs()
             engines.train(plan, inventory, run, progress)
     finally:
@@ -147,6 +148,18 @@ def _driving(run: RunPaths) -> Iterator[None]:
         except BlockingIOError as error:
             raise ValueError(f"{run.root}: this run is being driven by another process") from error
         yield
+
+
+@contextmanager
+def _removed_if_refused(run: RunPaths) -> Iterator[None]:
+    """A new run in which nothing could be trained must not be in the way of the next attempt."""
+    is_new = not run.plan.exists()
+    try:
+        yield
+    except ValueError:
+        if is_new and not any(run.trials.glob("*/metrics.jsonl")):
+            shutil.rmtree(run.root)
+        raise
 
 
 def _require_new(run: RunPaths) -> None:

@@ -47,7 +47,7 @@ def save_weights(
 def copy_weights(checkpoint: Path, folder: Path) -> None:
     """Puts a checkpoint's weights, without the trainer's state, in a folder's place."""
     temporary = temporary_folder(folder)
-    for path in checkpoint.iterdir():
+    for path in (existing_folder(checkpoint) or checkpoint).iterdir():
         if path.name not in (OPTIMIZER_FILE, STATE_FILE):
             shutil.copy2(path, temporary / path.name)
     replace_folder(temporary, folder)

@@ -40,7 +40,7 @@ from trainers.tokenizer import (
 )
 
 if TYPE_CHECKING:
-    from trainers.token_set import Example, TokenizedSet, pad_batch
+    from trainers.token_set import Example, TokenizedSet
 
 __all__ = [
     "Audit",
@@ -52,14 +52,13 @@ __all__ = [
     "cached_audit",
     "count_tokens",
     "load_tokenizer",
-    "pad_batch",
     "prepare_data",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # numpy costs 0.1 s, which `tenfold plan` with a known count must not pay.
-    if name in ("Example", "TokenizedSet", "pad_batch"):
+    if name in ("Example", "TokenizedSet"):
         from trainers import token_set
 
         return getattr(token_set, name)

@@ -93,7 +93,7 @@ class PackServer:
             return  # it ended while the command was on its way
         elif command["kind"] == "allow":
             member.allowed = max(member.allowed, command["index"])
-            if member.run.status == "waiting":
+            if member.run.status == "waiting" and member.allowed >= member.next_index:
                 member.run.status = "running"
                 self._evaluate(member)
         else:

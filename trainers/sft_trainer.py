@@ -257,6 +257,9 @@ class Recorder:
         )
         # A restart goes on from the checkpoint: rows written after it will be written again.
         self.rows = [row for row in read_json_lines(paths.metrics) if row["examples"] <= examples]
+        best = best_row(self.rows)
+        if writes and best is not None and best["examples"] == examples:
+            copy_weights(paths.checkpoint, paths.best)  # a worker that died before it did
 
     def __call__(self, run: Run, evaluation: Evaluation) -> bool:
         row = asdict(evaluation)
@@ -267,6 +270,8 @@ class Recorder:
         return self.report(row)
 
     def _write(self, run: Run, row: dict[str, Any]) -> None:
+        # The row first: a checkpoint without its row would lose that evaluation for good.
+        write_json_lines(self.paths.metrics, self.rows)
         save_checkpoint(
             self.pack,
             run,
@@ -276,7 +281,6 @@ class Recorder:
         )
         if best_row(self.rows) is row:
             copy_weights(self.paths.checkpoint, self.paths.best)
-        write_json_lines(self.paths.metrics, self.rows)
 
     @property
     def trained_rows(self) -> list[dict[str, Any]]:

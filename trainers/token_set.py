@@ -1,12 +1,11 @@
-"""Tokenized rows in flat arrays: compact in memory, saved without pickle, padded without torch.
+"""Tokenized rows in flat arrays: compact in memory, saved without pickle, read without torch.
 
-Shape legend: N tokens of the set, R rows, B rows of a batch, T positions.
+Shape legend: N tokens of the set, R rows, T positions.
 """
 
 import hashlib
 import json
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -152,23 +151,3 @@ class SetBuilder:
             offsets=np.frombuffer(self._offsets, dtype=np.int64),
             row_loss_bytes=np.frombuffer(self._bytes, dtype=np.int64),
         )
-
-
-def pad_batch(
-    examples: Sequence[Example], pad_id: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Examples padded on the right to the longest: (ids int64 [B, T], loss_mask bool [B, T],
-    lengths int64 [B]). The mask goes by length, so that pad_id may be an id that is trained (field
-    case A04).
-
-    Raises: ValueError: no examples.
-    """
-    if not examples:
-        raise ValueError("a batch must hold at least one example, got none")
-    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
-    ids = np.full((len(examples), int(lengths.max())), pad_id, dtype=np.int64)
-    mask = np.zeros(ids.shape, dtype=np.bool_)
-    for row, example in enumerate(examples):
-        ids[row, : lengths[row]] = example.input_ids
-        mask[row, : lengths[row]] = example.loss_mask
-    return ids, mask, lengths

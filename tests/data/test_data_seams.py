@@ -1,8 +1,11 @@
 """Which tokens a row trains: seams, BOS, end token, truncation, windows."""
 
+import numpy as np
 import pytest
+import torch
 
-from trainers.data import DataError, DataSpec, count_tokens, load_tokenizer, pad_batch, prepare_data
+from trainers.batches import IGNORED, RowSource
+from trainers.data import DataError, DataSpec, count_tokens, load_tokenizer, prepare_data
 
 
 @pytest.fixture
@@ -186,14 +189,20 @@ def test_pad_equal_to_eos_hides_no_end_token(merging_model, spec_for, write_rows
     )
     tokenizer = load_tokenizer(merging_model)
     train = prepare_data(spec_for(path, model=merging_model)).train
-    ids, mask, lengths = pad_batch([train.example(0), train.example(1)], tokenizer.pad_id)
+    source = RowSource(train, tokenizer.pad_id, torch.device("cpu"))
+    batch = source.batch([np.array([0, 1])])
+    assert batch.loss is not None
     assert tokenizer.pad_id == tokenizer.eos_id
-    for row, length in enumerate(lengths):
-        assert ids[row, length - 1] == tokenizer.eos_id
-        assert mask[row, length - 1]
-        assert not mask[row, length:].any()
-        assert (ids[row, length:] == tokenizer.pad_id).all()
-    assert mask.sum() == train.num_loss_tokens
+    width = batch.ids_BT.shape[1]
+    counted = batch.loss.targets_M != IGNORED
+    predicted = (batch.loss.index_M[counted] + 1).tolist()
+    assert len(set(predicted)) == len(predicted) == train.num_loss_tokens
+    assert train.lengths[0] != train.lengths[1]
+    for row, length in enumerate(train.lengths):
+        assert batch.ids_BT[row, length - 1] == tokenizer.eos_id
+        assert row * width + length - 1 in predicted
+        assert (batch.ids_BT[row, length:] == tokenizer.pad_id).all()
+        assert not {row * width + at for at in range(length, width)} & set(predicted)
 
 
 def test_tokenizer_without_pad_takes_an_unused_token_and_does_not_grow(

@@ -35,9 +35,9 @@ def enter(name: str, index: int = 0) -> tuple:
     return ("enter", name, index)
 
 
-def board_of(*groups: str, places: int = 2) -> Board:
+def board_of(*groups: str, places: int = 2, one_run: bool = False) -> Board:
     """A board whose groups are ready and open."""
-    board = Board(num_groups=len(groups))
+    board = Board(num_groups=len(groups), one_run=one_run)
     for name in groups:
         ready(board, name)
     board.open(places)
@@ -489,6 +489,54 @@ def test_lost_group_gets_no_trial():
     assert waiting(board) == ["b"]
 
 
+# Groups that are one run: the death of one group's worker restarts all of them
+
+
+def test_one_run_death_of_a_worker_counts_once_for_every_trial_and_keeps_their_order():
+    board = board_of("g", "h", places=2, one_run=True)
+    ask_all(board, "a", "b", "c", "d", "e")
+    board.begin("h")
+    assert placed(board) == {"g": [], "h": []}
+    assert waiting(board) == ["a", "c", "b", "d", "e"]  # those of g, those of h, who waited
+    board.hello("h", "second", {})
+    assert placed(board) == {"g": [], "h": ["a", "c"]}
+    board.begin("g")  # of the same death
+    board.hello("g", "second", {})
+    assert placed(board) == {"g": ["b", "d"], "h": ["a", "c"]}
+    assert [board.entries[name].crashes for name in "abcde"] == [1, 1, 1, 1, 0]
+
+
+def test_one_run_group_that_still_loads_does_not_hide_the_next_death_of_the_other():
+    board = board_of("g", "h", places=1, one_run=True)
+    ask_all(board, "a", "b")
+    ready(board, "g", "second")
+    assert placed(board)["g"] == ["a"]
+    ready(board, "g", "third")
+    assert [board.entries[name].crashes for name in "ab"] == [2, 1]
+    ready(board, "h", "third")
+    # Nobody may train beside a, which might be the one that kills the workers.
+    assert placed(board) == {"g": ["a"], "h": []}
+    board.hear([end_event("a")])
+    assert sorted(placed(board).values()) == [[], ["b"]]
+
+
+def test_one_run_trial_that_kills_its_worker_fails_alone_and_takes_no_other_with_it():
+    board = board_of("g", "h", places=1, one_run=True)
+    ask_all(board, "killer", "b", "c")
+    deaths = 0
+    while board.entries["killer"].ended is None:
+        inside = [name for names in placed(board).values() for name in names]
+        if "killer" in inside:
+            deaths += 1
+            for group in ("g", "h"):
+                ready(board, group, f"after {deaths}")
+        else:
+            board.hear([end_event(inside[0])])
+    assert deaths == MAX_CRASHES
+    failed = [name for name, entry in board.entries.items() if entry.crashes >= MAX_CRASHES]
+    assert failed == ["killer"]
+
+
 # Who may share a group
 
 
@@ -545,7 +593,8 @@ class Sweep:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.groups = [f"g{i}" for i in range(self.rng.randint(1, 3))]
-        self.board = Board(num_groups=len(self.groups))
+        self.one_run = self.rng.random() < 0.5
+        self.board = Board(num_groups=len(self.groups), one_run=self.one_run)
         self.names = [f"t{i}" for i in range(self.rng.randint(1, 9))]
         self.kinds = {name: self._kind() for name in self.names}
         self.places = self.rng.randint(1, 4)
@@ -579,10 +628,9 @@ class Sweep:
             self.board.take_commands(name)
 
     def _worker_speaks(self) -> None:
-        inside = [entry for group in self.board.groups.values() for entry in group.trials]
-        if not inside:
+        if not self._inside():
             return
-        entry = self.rng.choice(inside)
+        entry = self.rng.choice(self._inside())
         if len(entry.rows) <= entry.asked:
             self.board.hear([row_event(entry.name, len(entry.rows))])
         elif self.rng.random() < 0.5:
@@ -610,7 +658,8 @@ class Sweep:
             assert len({self._sort(entry.name) for entry in group.trials}) <= 1
             alone = [entry for entry in group.trials if self._needs_itself(entry)]
             assert not alone or len(group.trials) == 1
-        inside = [entry.name for group in groups for entry in group.trials]
+        assert not self._suspects() or len(self._inside()) == 1
+        inside = [entry.name for entry in self._inside()]
         queue = waiting(self.board)
         ended = [name for name, entry in self.board.entries.items() if entry.ended]
         assert sorted(inside + queue + ended) == sorted(self.board.entries)
@@ -619,12 +668,24 @@ class Sweep:
     def _sort(self, name: str) -> str:
         return str(self.kinds[name].get("base"))
 
+    def _inside(self) -> list:
+        return [entry for group in self.board.groups.values() for entry in group.trials]
+
+    def _suspects(self) -> list:
+        """Trials beside which no group of the same run may train another."""
+        inside = self._inside() if self.one_run else []
+        return [entry for entry in inside if entry.crashes >= SHARED_CRASHES]
+
     def _needs_itself(self, entry) -> bool:
         return "full" in self.kinds[entry.name] or entry.crashes >= SHARED_CRASHES
 
     def _check_that_nobody_waits_in_vain(self) -> None:
         ready = [g for g in self.board.groups.values() if g.incarnation and not g.lost]
+        if self._suspects():
+            return  # all wait for its end
         for entry in self.board.queue:
+            if self.one_run and entry.crashes >= SHARED_CRASHES and self._inside():
+                return
             for group in ready:
                 assert group.trials, f"{entry.name} waits, and a group is empty"
                 shares = not any(self._needs_itself(other) for other in group.trials)

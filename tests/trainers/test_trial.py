@@ -5,67 +5,15 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from search_spaces.candidate import Candidate
+from tests.trainers.trials import BASE, CANDIDATE, ROOT, numbers, trial
 from trainers.base_model import BaseSpec, load_base, nf4_layer_names, true_num_params
-from trainers.data import DataSpec
 from trainers.paths import TrialPaths, read_json
 from trainers.sft_trainer import TrialSpec, train_trial
-
-ROOT = Path(__file__).resolve().parents[2]
-BASE = str(ROOT / "trainers" / "assets" / "tiny-llama")
-CANDIDATE = Candidate(
-    learning_rate=3e-3,
-    lora_rank=4,
-    lora_alpha=32.0,
-    global_batch_size=8,
-    target=("attn", "mlp", "unembed"),
-    lr_schedule="cosine",
-    warmup=2.0,
-    weight_decay=0.01,
-    max_grad_norm=1.0,
-    dropout=0.1,
-    seed=3,
-)
-
-
-@pytest.fixture
-def data_file(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("TENFOLD_CACHE", str(tmp_path / "cache"))
-    rows = [
-        {
-            "prompt": f"def double_{i}(x):\n",
-            "completion": f"    return {i} * x + {i % 7}\n" * (1 + i % 3),
-        }
-        for i in range(60)
-    ]
-    path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def trial(data_file: Path, folder: Path, **changes) -> TrialSpec:
-    spec = TrialSpec(
-        name=folder.name,
-        folder=folder,
-        base=BaseSpec(model=BASE, quantization="none", dtype="fp32"),
-        data=DataSpec(data=str(data_file), model=BASE, seq_len=96, eval=0.2),
-        candidate=CANDIDATE,
-        num_examples=44,
-        eval_every=16,
-        micro_batch_size=4,
-    )
-    return replace(spec, **changes)
-
-
-def numbers(rows) -> list[dict]:
-    """A trial's rows without what no two executions share."""
-    return [{k: v for k, v in row.items() if k not in ("seconds", "peak_bytes")} for row in rows]
 
 
 def test_trial_nf4_trains_on_4bit_layers_and_records_every_evaluation(data_file, tmp_path):
@@ -138,10 +86,8 @@ def test_trial_full_fine_tuning_saves_a_model_that_transformers_loads(data_file,
     assert result.best["eval_loss"] < result.rows[0]["eval_loss"] - 0.5
 
 
-def _work(rank: int, world_size: int, spec: TrialSpec, port: int) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
-    )
+def _work(rank: int, world_size: int, spec: TrialSpec, meeting: str) -> None:
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
     train_trial(spec, lambda row: True)
     dist.destroy_process_group()
 
@@ -151,7 +97,7 @@ def test_trial_on_two_workers_equals_one(data_file, tmp_path, monkeypatch):
     base = BaseSpec(model=BASE, quantization="none", dtype="fp64")
     one = train_trial(trial(data_file, tmp_path / "one", base=base), lambda row: True)
     two = trial(data_file, tmp_path / "two", base=base, micro_batch_size=2)
-    mp.spawn(_work, args=(2, two, 29611), nprocs=2)
+    mp.spawn(_work, args=(2, two, f"file://{tmp_path}/meeting"), nprocs=2)
     rows = [json.loads(line) for line in (two.folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == len(one.rows) == 4
     for row, expected in zip(rows, one.rows, strict=True):

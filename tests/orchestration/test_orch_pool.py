@@ -1,0 +1,312 @@
+"""The worker pool on a real local Ray, with workers that train nothing: their losses are constant."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from cluster.inventory import TrialDemand
+from orchestration import sweep
+from orchestration.board import MAX_STARTS
+from orchestration.ledger import Ledger
+from orchestration.pool import Pool
+from orchestration.progress import Progress
+from orchestration.results import read_trial
+from orchestration.rungs import RungLedger
+from orchestration.schedulers import make_scheduler
+from orchestration.searchers import ListSearcher
+from orchestration.thin import ThinTrial
+from trainers.paths import RunPaths, read_json, write_json, write_json_lines
+
+pytestmark = pytest.mark.ray
+MAX_T = 4
+LOSSES = [3.0, 2.0, 5.0, 2.5, 2.6]
+# ASHA, reduction factor 2, rungs at 1, 2 and 4 examples, the trials one after another. A trial goes on
+# whose loss is at most the median of those that were recorded at the rung before it:
+#   loss 3.0   the first everywhere                                           to the end
+#   loss 2.0   rung 1: 3; rung 2: 3                                           to the end
+#   loss 5.0   rung 1: 3, 2, median 2.5                                       stopped at 1
+#   loss 2.5   rung 1: 3, 2, 5, median 3; rung 2: 3, 2, median 2.5            to the end
+#   loss 2.6   rung 1: 3, 2, 5, 2.5, median 2.75; rung 2: 3, 2, 2.5, median 2.5   stopped at 2
+EXAMPLES = [4, 4, 1, 4, 2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        patch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+        )
+        yield
+        ray.shutdown()
+
+
+def serve_constant(config: dict[str, Any]) -> None:
+    """A group's worker: tells each row that is asked for, with the loss that the trial's dict names."""
+    from ray.train import get_context
+
+    from trainers.worker import BrokerLink
+
+    groups, rank = config["groups"], get_context().get_world_rank()
+    link = BrokerLink(config["broker"], groups[rank if len(groups) > 1 else 0])
+    if not link.begin():
+        return
+    link.hello({"max_tokens": 512})
+    trials: dict[str, dict[str, Any]] = {}
+    told: dict[str, int] = {}
+    while True:
+        for command in link.commands(idle=True):
+            if command["kind"] == "stop":
+                return
+            if command["kind"] == "enter":
+                name = command["trial"]["name"]
+                trials[name], told[name] = command["trial"], 0
+            else:
+                name = command["trial"]
+            if command["kind"] == "cancel":
+                trials.pop(name, None)
+            elif name in trials:
+                _tell_rows(link, trials[name], told, command["index"])
+
+
+def _tell_rows(link: Any, trial: dict[str, Any], told: dict[str, int], index: int) -> None:
+    name, folder = trial["name"], Path(trial["folder"])
+    rows = [
+        {"examples": step + 1, "steps": step + 1, "eval_loss": trial["loss"]}
+        for step in range(index + 1)
+    ]
+    last = len(rows) == trial["num_examples"]
+    write_json_lines(folder / "metrics.jsonl", rows)
+    if last:
+        ended = {"status": "finished", "reason": ""}
+        write_json(folder / "status.json", ended | {"examples": len(rows), "steps": len(rows)})
+    for step in range(told[name], index + 1):
+        event = {"trial": name, "index": step, "row": rows[step]}
+        link.tell(event | {"kind": "row", "last": step + 1 == trial["num_examples"]})
+    told[name] = index + 1
+    if last:
+        link.tell({"kind": "end", "trial": name, "status": "finished", "reason": ""})
+
+
+def serve_dying(config: dict[str, Any]) -> None:
+    """A group whose workers die while they load."""
+    from trainers.worker import BrokerLink
+
+    if BrokerLink(config["broker"], config["groups"][0]).begin():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+DEMAND = TrialDemand(num_workers=1, cpus_per_worker=1, gpus_per_worker=0)
+
+
+def pool_of(run: RunPaths, num_groups: int, serve: Any, *, one_run: bool = False, **config) -> Pool:
+    warm, measure = config.get("warm", {}), config.get("measure", {})
+    storage = str(run.tune / "train")
+    return Pool(DEMAND, num_groups, warm, measure, storage, one_run=one_run, serve=serve)
+
+
+def name_of(loss: float) -> str:
+    return f"loss{loss}"
+
+
+def write_trials(run: RunPaths, losses: list[float]) -> list[dict[str, Any]]:
+    """The dicts of trials, as far as board and stub read them, each in its folder."""
+    trials = []
+    for loss in losses:
+        paths = run.trial(name_of(loss))
+        trial = {"name": name_of(loss), "folder": str(paths.root), "loss": loss}
+        trial |= {"num_examples": MAX_T, "base": {}, "data": {}}
+        trial |= {"candidate": {"full_finetune": False}}
+        write_json(paths.config, trial)
+        trials.append(trial)
+    return trials
+
+
+class Killer(Ledger):
+    """The driver's ledger, which kills a process when a trial has come so far."""
+
+    def __init__(self, run: RunPaths, pool: Pool, *, at: tuple[float, int] | None, who: str) -> None:
+        names = [name_of(loss) for loss in LOSSES]
+        progress = Progress(names, 0, MAX_T)
+        super().__init__(run, progress, [], on_end=pool.cancel, check=pool.require_group)
+        self.pool, self.who = pool, who
+        self.at = (name_of(at[0]), at[1]) if at else None
+        self.killed: list[int] = []
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        super().on_trial_result(iteration, trials, trial, result, **info)
+        if not self.killed and self.at == (result["trial"], result["examples"]):
+            group = self.pool.groups()["group-0"]
+            self.killed = [result["pid"] if self.who == "thin" else group["pid"]]
+            os.kill(self.killed[0], signal.SIGKILL)
+
+
+def run_sweep(
+    run: RunPaths, pool: Pool, places: int, *, kind: str = "asha", at=None, who: str = ""
+) -> Killer:
+    """Runs a trial for each of LOSSES on a pool, as engines.py does."""
+    trials = write_trials(run, LOSSES)
+    killer = Killer(run, pool, at=at, who=who)
+    pool.first_group()
+    pool.open(places)
+    sweep.run_trials(
+        ThinTrial,
+        ListSearcher(trials, {"broker": pool.address, "seen": {}}),
+        make_scheduler(kind, 1, MAX_T, 2, RungLedger(run.rungs)),
+        run,
+        max_concurrent=pool.num_groups * places + 1,
+        callback=killer,
+    )
+    return killer
+
+
+def examples_of(run: RunPaths) -> list[int]:
+    """Examples of each trial at the last result that the scheduler saw."""
+    seen = {record.trial: record.examples for record in RungLedger(run.rungs).records()}
+    return [seen[name_of(loss)] for loss in LOSSES]
+
+
+def statuses(run: RunPaths) -> list[str]:
+    return [read_trial(run.trial(name_of(loss))).status for loss in LOSSES]
+
+
+OURS = ("ray::RayTrainWorker", "ray::ThinTrial", "ray::ImplicitFunc", "ray::Resource")
+OURS += ("ray::Broker", "ray::TrainController")
+
+
+def assert_nothing_left() -> None:
+    """No process and no reservation of a sweep outlives its pool."""
+    children = psutil.Process().children(recursive=True)
+    left = [child for child in children if _title(child).startswith(OURS)]
+    _, alive = psutil.wait_procs(left, timeout=30)  # a killed process takes its time to go
+    assert [_title(process) for process in alive] == []
+    table = ray.util.placement_group_table().values()
+    assert {group["state"] for group in table} <= {"REMOVED"}
+    assert ray.available_resources()["CPU"] == 2
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunPaths:
+    return RunPaths(tmp_path / "run")
+
+
+def test_pool_asha_on_one_place_stops_whom_its_rule_stops_and_leaves_nothing(run):
+    with pool_of(run, 1, serve_constant) as pool:
+        run_sweep(run, pool, places=1)
+    assert examples_of(run) == EXAMPLES
+    assert statuses(run) == ["finished", "finished", "stopped", "finished", "stopped"]
+    assert len(RungLedger(run.rungs).records()) == sum(EXAMPLES)
+    assert_nothing_left()
+
+
+@pytest.mark.slow
+def test_pool_thin_actor_killed_the_sweep_goes_on_with_the_same_decisions(run):
+    with pool_of(run, 1, serve_constant) as pool:
+        killer = run_sweep(run, pool, places=1, at=(2.5, 2), who="thin")
+    assert killer.killed
+    assert examples_of(run) == EXAMPLES
+    assert statuses(run) == ["finished", "finished", "stopped", "finished", "stopped"]
+    assert len(RungLedger(run.rungs).records()) == sum(EXAMPLES)  # none was judged twice
+    assert_nothing_left()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("one_run", [False, True])
+def test_pool_worker_killed_its_trials_go_on_and_end(run, one_run):
+    with pool_of(run, 2, serve_constant, one_run=one_run) as pool:
+        before = pool.first_group()["pid"]
+        killer = run_sweep(run, pool, places=2, kind="fifo", at=(3.0, 2), who="worker")
+        after = pool.groups()["group-0"]["pid"]
+    assert after not in (before, *killer.killed)
+    assert examples_of(run) == [MAX_T] * len(LOSSES)
+    assert statuses(run) == ["finished"] * len(LOSSES)
+    assert [read_json(run.trial(name_of(loss)).status)["examples"] for loss in LOSSES] == [4] * 5
+    assert_nothing_left()
+
+
+@pytest.mark.slow
+def test_pool_base_that_cannot_be_loaded_is_a_valueerror_that_names_it(run, tmp_path):
+    (tmp_path / "base").mkdir()
+    base = {"model": str(tmp_path / "base"), "quantization": "none", "dtype": "fp32"}
+    (trial,) = write_trials(run, [1.0])
+    trial |= {"base": base, "data": {"data": "absent.jsonl", "model": str(tmp_path / "base")}}
+    trial |= {"eval_every": 1}
+    trial["candidate"] = CANDIDATE
+    del trial["loss"]
+    with (
+        pytest.raises(ValueError, match=r"no worker group could start: .*absent\.jsonl") as error,
+        pool_of(run, 1, None, warm=trial) as pool,
+    ):
+        pool.first_group()
+    assert "\n" not in str(error.value)
+    assert_nothing_left()
+
+
+CANDIDATE = {
+    "learning_rate": 1e-3,
+    "lora_rank": 1,
+    "lora_alpha": 1.0,
+    "global_batch_size": 1,
+    "target": ["attn"],
+    "lr_schedule": "constant",
+    "warmup": 0.0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "dropout": 0.0,
+    "seed": 0,
+}
+
+
+@pytest.mark.slow
+def test_pool_workers_that_die_while_they_load_are_given_up(run):
+    text = rf"no worker group could start: .*died {MAX_STARTS} times while they loaded the base"
+    with (
+        pytest.raises(ValueError, match=text),
+        pool_of(run, 1, serve_dying) as pool,
+    ):
+        pool.first_group()
+    assert_nothing_left()
+
+
+@pytest.mark.slow
+def test_pool_that_loses_its_last_group_ends_the_sweep_and_no_trial_has_failed(run):
+    def serve(config: dict[str, Any]) -> None:
+        from trainers.worker import BrokerLink
+
+        link = BrokerLink(config["broker"], config["groups"][0])
+        link.begin()
+        link.hello({"max_tokens": 512})
+        while not link.commands(idle=True):
+            pass
+        link.lose("RuntimeError: the GPU fell off the bus")
+
+    with (
+        pytest.raises(ValueError, match="no worker group is left: .*fell off the bus"),
+        pool_of(run, 1, serve) as pool,
+    ):
+        run_sweep(run, pool, places=1)
+    assert statuses(run) == ["unfinished"] * len(LOSSES)
+    assert_nothing_left()
+
+
