@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.common import BASE_MODEL, FUNCTIONS, ROOT, SHARED, say
+from benchmarks.common import BASE_MODEL, FUNCTIONS, ROOT, SHARED, say, tenfold_command
 from orchestration.config import load_config
 from orchestration.planning import Plan, make_plan
 from orchestration.results import read_trial
@@ -166,7 +166,7 @@ def run_job(job: Job, settings: Settings, work: Path) -> dict[str, Any]:
 
 
 def _tenfold(plan: Plan, settings: Settings, folder: Path, job: Job) -> dict[str, Any]:
-    command = [str(Path(sys.executable).with_name("tenfold")), "sweep", "sweep.yaml", "--name", RUN]
+    command = [*tenfold_command(), "sweep", "sweep.yaml", "--name", RUN]
     watcher = Watcher(RunPaths(folder / "runs" / RUN))
     began, makespan = run_process(command, folder, settings.timeout_s, str(job), watcher)
     run = watcher.run

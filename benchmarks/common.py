@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -44,6 +45,11 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Installed versions of what decides the numbers."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def tenfold_command() -> list[str]:
+    """The `tenfold` of this environment."""
+    return [str(Path(sys.executable).with_name("tenfold"))]
 
 
 def stamp() -> str:

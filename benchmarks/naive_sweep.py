@@ -9,6 +9,9 @@ written it. Where the guide or TRL leave a choice, the faster one on a CPU is ta
 Source: docs.ray.io/en/latest/train/user-guides/hyperparameter-optimization.html (Ray 2.60).
 """
 
+# Ray pickles this script's functions by value, without names that only annotations mention.
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -195,15 +198,21 @@ def sweep(spec: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "candidate": result.config["candidate"],
             "error": str(result.error) if result.error else "",
-            "rows": []
-            if result.metrics_dataframe is None
-            else json.loads(result.metrics_dataframe[list(ROW_KEYS)].to_json(orient="records")),
+            "rows": rows_of(result),
         }
         for result in results
     ]
     print("best:", results.get_best_result().config["candidate"])
     ray.shutdown()
     return trials
+
+
+def rows_of(result: Any) -> list[dict[str, Any]]:
+    """Every report of a trial that Tune kept; none of a trial that failed before the first."""
+    frame = result.metrics_dataframe
+    if frame is None or "eval_loss" not in frame:
+        return []
+    return json.loads(frame[list(ROW_KEYS)].to_json(orient="records", double_precision=15))
 
 
 ROW_KEYS = ("eval_loss", "steps", "examples", "seconds", "eval_seconds", "started_at", "at")

@@ -108,6 +108,8 @@ class PackServer:
         except ValueError as error:
             self._fail(spec, error)
             return
+        # A newcomer would lead every forward until it had caught up with the others.
+        run.rows_done = min((m.run.rows_done for m in self.members.values()), default=0.0)
         member = self.members[spec.name] = Member(spec, run, recorder, index)
         for number, row in enumerate(recorder.trained_rows):
             self._tell_row(member, number, row)

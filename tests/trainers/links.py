@@ -71,6 +71,8 @@ class FakeLink:
         self.told: list[Told] = []
         self.told_when_idle: list[int] = []
         """Events told so far, at each time when the server had nothing to do."""
+        self.written_when_idle: list[int] = []
+        """Rows on disk of all trials, at the same times."""
         self.polls = 0
         self.kill: Callable[[dict[str, Any]], bool] = lambda event: False
 
@@ -78,6 +80,8 @@ class FakeLink:
         self.polls += 1
         if idle:
             self.told_when_idle.append(len(self.told))
+            written = [read_json_lines(paths.metrics) for paths in self.folders.values()]
+            self.written_when_idle.append(sum(map(len, written)))
         if not self.script:
             return [STOP] if idle else []
         when, commands = self.script[0]

@@ -209,6 +209,7 @@ def _path(folder: str | Path, name: str, rank: int) -> Path:
     return Path(folder) / f"{name}-{rank}.json"
 
 
+@pytest.mark.slow
 def test_pack_on_two_workers_loses_what_it_loses_on_one(tmp_path):
     # b's global batch is one row: the second worker has none of it.
     mp.spawn(_work, args=(str(tmp_path),), nprocs=2)

@@ -18,25 +18,43 @@ from tests.trainers.links import (
     enter,
     serve,
 )
-from tests.trainers.trials import BASE, CANDIDATE, numbers, trial
+from tests.trainers.tiny import tiny_model
+from tests.trainers.trials import CANDIDATE, numbers, trial
 from trainers.base_model import BaseSpec, load_base
 from trainers.comm import Comm
 from trainers.pack_server import PackServer
 from trainers.paths import TrialPaths, read_json, read_json_lines, write_json
 from trainers.sft_trainer import Station, TrialSpec, train_trial
 
-FP64 = BaseSpec(model=BASE, quantization="none", dtype="fp64")
-"""Neighbours change the rounding: trials in packs are compared in float64."""
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> str:
+    """A random model of two layers with the vocabulary of the shipped tokenizer."""
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    tiny_model(torch.float32, vocab_size=3072).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
-def make(data_file, tmp_path):
-    """make(name, base=..., lora_rank=...): a trial with evaluations after 8, 16 and 24 examples."""
+def fp32(tiny_folder) -> BaseSpec:
+    return BaseSpec(model=tiny_folder, quantization="none", dtype="fp32")
+
+
+@pytest.fixture
+def fp64(fp32) -> BaseSpec:
+    """Neighbours change the rounding: trials in packs are compared in float64."""
+    return replace(fp32, dtype="fp64")
+
+
+@pytest.fixture
+def make(data_file, tmp_path, fp32):
+    """make(name, base=..., lora_rank=...): a trial with evaluations after 4, 8 and 12 examples, one
+    step of two forwards each."""
 
     def made(name: str, *, folder: str = "served", **changes) -> TrialSpec:
-        own = {"num_examples": 24, "eval_every": 8}
+        own = {"num_examples": 12, "eval_every": 4, "micro_batch_size": 2, "base": fp32}
         own |= {k: changes.pop(k) for k in list(changes) if k in TrialSpec.__dataclass_fields__}
-        candidate = replace(CANDIDATE, **changes)
+        candidate = replace(CANDIDATE, **({"global_batch_size": 4} | changes))
         return trial(data_file, tmp_path / folder / name, candidate=candidate, **own)
 
     return made
@@ -73,11 +91,12 @@ def test_server_trial_waits_at_every_evaluation_that_nobody_asked_for(make, alon
     spec = make("a")
     link = FakeLink([enter(spec, 0)], [allow(spec, 1)], [allow(spec, 2)])
     serve(link)
-    # Idle: before it came, then with 1, 2 and 3 rows told and no more on disk than the base's beside.
+    # Idle: before it came, then with 1, 2 and 3 rows (and the end) told; on disk is the base's beside.
     assert link.told_when_idle == [0, 1, 2, 4]
+    assert link.written_when_idle == [0, 2, 3, 4]
     for number, told in enumerate(link.told[:3]):
-        assert [row["examples"] for row in told.rows] == [0, 8, 16, 24][: number + 2]
-    assert [row["examples"] for row in link.rows(spec)] == [8, 16, 24]
+        assert [row["examples"] for row in told.rows] == [0, 4, 8, 12][: number + 2]
+    assert [row["examples"] for row in link.rows(spec)] == [4, 8, 12]
     whole = read_json_lines(TrialPaths(spec.folder).metrics)
     assert whole[1:] == link.rows(spec)
     assert numbers(whole) == alone(spec)
@@ -99,8 +118,8 @@ def test_server_evaluation_that_was_already_given_is_not_a_question_for_the_next
     assert len(read_json_lines(TrialPaths(spec.folder).metrics)) == 3
 
 
-def test_server_waiting_trial_lets_its_neighbour_train_on(make, alone):
-    waiting, going = make("a", base=FP64), make("b", base=FP64, seed=4)
+def test_server_waiting_trial_lets_its_neighbour_train_on(make, alone, fp64):
+    waiting, going = make("a", base=fp64), make("b", base=fp64, seed=4)
     link = FakeLink([enter(waiting, 0), enter(going)], [allow(waiting, 2)])
     serve(link)
     assert link.told_when_idle[1] == 1 + 3 + 1  # a's first row, b's three and its end
@@ -133,7 +152,7 @@ def test_server_entering_twice_is_one_trial(make):
 
 def test_server_stop_ends_at_once_in_the_middle_of_training(make):
     spec = make("a")
-    # 8 rows are two forwards of 4: the second command is heard inside the first batch.
+    # A batch is two forwards: the second command is heard inside the first batch.
     link = FakeLink([enter(spec)], (lambda: link.polls == 2, [STOP]))
     serve(link)
     assert not link.told
@@ -143,10 +162,10 @@ def test_server_stop_ends_at_once_in_the_middle_of_training(make):
 # Ends
 
 
-def test_server_diverging_trial_ends_with_its_reason_and_its_neighbour_goes_on(make, alone):
-    good = make("good", base=FP64)
+def test_server_diverging_trial_ends_with_its_reason_and_its_neighbour_goes_on(make, alone, fp64):
+    good = make("good", base=fp64)
     bad = make(
-        "bad", base=FP64, learning_rate=1e200, max_grad_norm=0.0, warmup=0.0, global_batch_size=4
+        "bad", base=fp64, learning_rate=1e200, max_grad_norm=0.0, warmup=0.0, global_batch_size=2
     )
     link = FakeLink([enter(good), enter(bad)])
     server = serve(link)
@@ -162,8 +181,10 @@ def test_server_diverging_trial_ends_with_its_reason_and_its_neighbour_goes_on(m
     assert not server.members
 
 
-def test_server_cancelled_trial_frees_its_slot_at_once_and_nothing_more_is_written(make, alone):
-    stays, goes, comes = (make(name, base=FP64, seed=n) for n, name in enumerate("abc"))
+def test_server_cancelled_trial_frees_its_slot_at_once_and_nothing_more_is_written(
+    make, alone, fp64
+):
+    stays, goes, comes = (make(name, base=fp64, seed=n) for n, name in enumerate("abc"))
     seen = {}
 
     def a_row_of_each() -> bool:
@@ -202,8 +223,10 @@ def test_server_cancelled_while_it_waits_is_gone(make):
 
 
 @pytest.mark.parametrize("target", [("no_such_proj",), ("experts",)])
-def test_server_target_that_the_model_does_not_have_fails_that_trial_alone(make, alone, target):
-    good, bad = make("good", base=FP64), make("bad", base=FP64, target=target)
+def test_server_target_that_the_model_does_not_have_fails_that_trial_alone(
+    make, alone, target, fp64
+):
+    good, bad = make("good", base=fp64), make("bad", base=fp64, target=target)
     link = FakeLink([enter(good), enter(bad)])
     serve(link)
     end = link.end(bad)
@@ -217,8 +240,8 @@ def test_server_target_that_the_model_does_not_have_fails_that_trial_alone(make,
     assert_close(link.rows(good), alone(good))
 
 
-def test_server_whose_first_trial_fails_serves_the_next(make):
-    bad = make("bad", base=BaseSpec(model=BASE + "-absent", quantization="none", dtype="fp32"))
+def test_server_whose_first_trial_fails_serves_the_next(make, fp32):
+    bad = make("bad", base=replace(fp32, model="/absent"))
     good = make("good")
     link = FakeLink([enter(bad)], [enter(good)])
     serve(link)
@@ -254,7 +277,7 @@ def test_server_restarted_in_the_middle_of_a_batch_ends_in_bit_equal_numbers(mak
     def die() -> bool:
         raise Killed
 
-    # 8 rows are two forwards of 4: the fourth command is heard inside the second batch.
+    # A batch is two forwards: the fourth command is heard inside the second batch.
     link = FakeLink([enter(spec)], (lambda: link.polls == 4 and die(), []))
     with pytest.raises(Killed):
         serve(link)
@@ -325,10 +348,10 @@ def test_server_full_fine_tuning_between_adapters_gives_the_base_back(make):
 
 
 @pytest.mark.parametrize("what", ["data", "base"])
-def test_server_trial_with_other_data_or_base_gets_a_new_station(make, alone, what):
+def test_server_trial_with_other_data_or_base_gets_a_new_station(make, alone, what, fp64):
     first = make("first")
     other = make("other", lora_rank=2)
-    changes = {"data": replace(other.data, eval=0.3), "base": FP64}
+    changes = {"data": replace(other.data, eval=0.3), "base": fp64}
     other = replace(other, **{what: changes[what]})
     stations = []
 
@@ -385,9 +408,9 @@ def _work(rank: int, folder: str, specs: list[TrialSpec]) -> None:
 
 
 @pytest.mark.slow
-def test_server_on_two_workers_tells_what_one_tells(make, alone, tmp_path, monkeypatch):
+def test_server_on_two_workers_tells_what_one_tells(make, alone, tmp_path, monkeypatch, fp64):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    specs = [make("a", base=FP64), make("b", base=FP64, seed=4, micro_batch_size=2)]
+    specs = [make("a", base=fp64), make("b", base=fp64, seed=4, lora_rank=2)]
     mp.spawn(_work, args=(str(tmp_path), specs), nprocs=2)
     for rows, spec in zip(read_json(tmp_path / "rows.json"), specs, strict=True):
         assert_close(rows, alone(spec))
