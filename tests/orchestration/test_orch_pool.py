@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,9 @@ def write_trials(run: RunPaths, losses: list[float]) -> list[dict[str, Any]]:
 class Killer(Ledger):
     """The driver's ledger, which kills a process when a trial has come so far."""
 
-    def __init__(self, run: RunPaths, pool: Pool, *, at: tuple[float, int] | None, who: str) -> None:
+    def __init__(
+        self, run: RunPaths, pool: Pool, *, at: tuple[float, int] | None, who: str
+    ) -> None:
         names = [name_of(loss) for loss in LOSSES]
         progress = Progress(names, 0, MAX_T)
         super().__init__(run, progress, [], on_end=pool.cancel, check=pool.require_group)
@@ -302,11 +304,9 @@ def test_pool_that_loses_its_last_group_ends_the_sweep_and_no_trial_has_failed(r
         link.lose("RuntimeError: the GPU fell off the bus")
 
     with (
-        pytest.raises(ValueError, match="no worker group is left: .*fell off the bus"),
+        pytest.raises(ValueError, match=r"no worker group is left: .*fell off the bus"),
         pool_of(run, 1, serve) as pool,
     ):
         run_sweep(run, pool, places=1)
     assert statuses(run) == ["unfinished"] * len(LOSSES)
     assert_nothing_left()
-
-
