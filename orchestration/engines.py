@@ -1,5 +1,7 @@
 """The two ways to run the trials of a sweep: packed on warm workers, or each on workers of its own."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from cluster.inventory import Inventory
@@ -9,12 +11,15 @@ from orchestration.ledger import Ledger
 from orchestration.packs import measured_tokens, measurement, plan_packs, trial_demand
 from orchestration.planning import Plan
 from orchestration.progress import Progress
+from orchestration.results import mark_ended
 from orchestration.rungs import RungLedger
 from orchestration.schedulers import make_scheduler
 from orchestration.tracking import make_trackers
 from orchestration.trials import TrialMaker, history, known_names, settle, unended
 from search_spaces.candidate import trial_name
 from trainers.paths import RunPaths, read_json, write_json
+
+NEVER_BEGAN = "the Ray actors that should have driven it died, time after time"
 
 
 def train(plan: Plan, inventory: Inventory, run: RunPaths, progress: Progress) -> None:
@@ -49,16 +54,12 @@ def _packed(plan: Plan, inventory: Inventory, run: RunPaths, progress: Progress)
         write_json(run.packs, facts)
         progress.note(f"{packs.num_groups} groups x {packs.places} adapters: {packs.reason}")
         pool.open(packs.places)
-        sweep.run_trials(
+        work.run_all(
             ThinTrial,
-            work.searcher({"broker": pool.address}),
-            work.scheduler(),
-            run,
+            {"broker": pool.address},
             # One more than there are places: a freed place is filled without waiting for Tune.
-            max_concurrent=packs.num_groups * packs.places + 1,
-            callback=Ledger(
-                run, progress, work.trackers(), on_end=pool.cancel, check=pool.require_group
-            ),
+            packs.num_groups * packs.places + 1,
+            partial(Ledger, run, progress, on_end=pool.cancel, check=pool.require_group),
         )
         write_json(run.packs, facts | {"groups": pool.groups()})
 
@@ -70,13 +71,11 @@ def _solo(plan: Plan, inventory: Inventory, run: RunPaths, progress: Progress) -
     demand, packs = trial_demand(plan.config, inventory), plan_packs(plan, inventory)
     work = _Work(plan, TrialMaker(plan, demand, packs, run), run)
     workers = vars(demand) | {"storage": str((run.tune / "train").resolve())}
-    sweep.run_trials(
+    work.run_all(
         solo_trial,
-        work.searcher({"workers": workers}),
-        work.scheduler(),
-        run,
-        max_concurrent=max_concurrent_trials(demand, inventory),
-        callback=Ledger(run, progress, work.trackers()),
+        {"workers": workers},
+        max_concurrent_trials(demand, inventory),
+        partial(Ledger, run, progress),
     )
 
 
@@ -86,13 +85,51 @@ class _Work:
     def __init__(self, plan: Plan, maker: TrialMaker, run: RunPaths) -> None:
         self.plan, self.maker, self.run = plan, maker, run
         self.config: SweepConfig = plan.config
-        self.seen = settle(run)
-        planned = {trial_name(candidate): candidate for candidate in plan.pruned.admitted}
+        self.look()
+
+    def look(self) -> None:
+        """Reads from disk what has ended and what has not."""
+        self.seen = settle(self.run)
+        planned = {trial_name(candidate): candidate for candidate in self.plan.pruned.admitted}
         for name, candidate in planned.items():
-            if not run.trial(name).config.exists():
-                maker.write(candidate)
-        names = list(planned) if planned else known_names(run)
-        self.trials = [read_json(run.trial(name).config) for name in unended(run, names)]
+            if not self.run.trial(name).config.exists():
+                self.maker.write(candidate)
+        names = list(planned) if planned else known_names(self.run)
+        left = unended(self.run, names)
+        self.trials = [read_json(self.run.trial(name).config) for name in left]
+
+    def run_all(
+        self,
+        trainable: Any,
+        common: dict[str, Any],
+        max_concurrent: int,
+        make_ledger: Callable[..., Ledger],
+    ) -> None:
+        """Runs what is left to its ends, with trials that Tune gave up before they began once more.
+
+        Args:
+            common: what the engine adds to every trial's config.
+            make_ledger: is given the trackers.
+        """
+        trackers = make_trackers(list(self.config.tracking), self.plan.name, self.run)
+        never_began: list[str] = []
+        for _ in range(1 + sweep.ACTOR_FAILURES):
+            ledger = make_ledger(trackers=trackers)
+            searcher, scheduler = self.searcher(common), self.scheduler()
+            sweep.run_trials(
+                trainable,
+                searcher,
+                scheduler,
+                self.run,
+                max_concurrent=max_concurrent,
+                callback=ledger,
+            )
+            self.look()
+            never_began = ledger.never_began
+            if not never_began or len(self.trials) > len(never_began):  # more: it was interrupted
+                return
+        for name in never_began:
+            mark_ended(self.run.trial(name), "failed", NEVER_BEGAN)
 
     def first_trial(self) -> dict[str, Any] | None:
         """A trial whose base and data the workers load before anything else."""
@@ -134,7 +171,3 @@ class _Work:
             self.config.reduction_factor,
             RungLedger(self.run.rungs),
         )
-
-    def trackers(self) -> list[Any]:
-        """The trackers that sweep.yaml asks for."""
-        return make_trackers(list(self.config.tracking), self.plan.name, self.run)

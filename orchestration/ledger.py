@@ -33,6 +33,8 @@ class Ledger(tune.Callback):
     ) -> None:
         self.run, self.progress, self.trackers = run, progress, trackers
         self.on_end, self.check = on_end, check
+        self.never_began: list[str] = []
+        """Trials that Tune gave up because the actor that they were to reuse had died."""
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks into tuner.pkl; a terminal and open trackers cannot go there.
@@ -62,6 +64,9 @@ class Ledger(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.check()
+        if trial.num_failures <= trial.max_failures:  # Tune tries again only what was running
+            self.never_began.append(trial_name(trial))
+            return
         self._end(trial, "failed", error_line(trial))
 
     def _end(self, trial: Any, status: str, reason: str) -> None:

@@ -74,6 +74,8 @@ def resume_sweep(folder: Path, address: str | None) -> int:
         raise ValueError(
             f"{folder}: must be the folder of a sweep (plan.json, resolved.json), it is not"
         )
+    with _driving(run):
+        pass  # told before the data is read again
     values = read_json(run.resolved)["config"] | {"name": folder.resolve().name}
     values |= {"storage": str(folder.parent)} | ({"address": address} if address else {})
     plan = _checked_plan(

@@ -108,11 +108,29 @@ def run_trials(
         trainable: solo.solo_trial or thin.ThinTrial.
         max_concurrent: trials at once.
         callback: the sweep's ledger.Ledger.
+
+    Raises:
+        ValueError: what the callback's check raised.
     """
+    from ray.tune import TuneError
+
+    tuner = _tuner(trainable, searcher, scheduler, run, max_concurrent, callback)
+    try:
+        tuner.fit()
+    except TuneError as error:
+        # Tune packs what a callback raises into the text of an error of its own.
+        if type(error.__context__) is ValueError:
+            raise error.__context__ from None
+        raise
+
+
+def _tuner(
+    trainable: Any, searcher: Any, scheduler: Any, run: RunPaths, max_concurrent: int, callback: Any
+) -> Any:
     from ray import tune
 
     attempt = sum(path.is_dir() for path in run.tune.glob("attempt-*")) + 1
-    tune.Tuner(
+    return tune.Tuner(
         # The thin driver of a trial takes no CPU from the workers: with 1 CPU each, two trials would
         # fill a 2-core machine with drivers and their workers would wait for ever.
         tune.with_resources(trainable, {DRIVER_RESOURCE: 0.001}),
@@ -135,7 +153,7 @@ def run_trials(
             failure_config=tune.FailureConfig(max_failures=ACTOR_FAILURES),
             verbose=0,
         ),
-    ).fit()
+    )
 
 
 def finish(run: RunPaths, extra_files: list[Path]) -> tuple[list[TrialRecord], TrialRecord | None]:

@@ -158,21 +158,31 @@ class Killer(Ledger):
 
 
 def run_sweep(
-    run: RunPaths, pool: Pool, places: int, *, kind: str = "asha", at=None, who: str = ""
+    run: RunPaths,
+    pool: Pool,
+    places: int,
+    *,
+    kind: str = "asha",
+    at=None,
+    who: str = "",
+    max_concurrent: int = 1,
 ) -> Killer:
-    """Runs a trial for each of LOSSES on a pool, as engines.py does."""
+    """Runs a trial for each of LOSSES on a pool, as engines.py does; those that never began, again."""
     trials = write_trials(run, LOSSES)
     killer = Killer(run, pool, at=at, who=who)
     pool.first_group()
     pool.open(places)
-    sweep.run_trials(
-        ThinTrial,
-        ListSearcher(trials, {"broker": pool.address, "seen": {}}),
-        make_scheduler(kind, 1, MAX_T, 2, RungLedger(run.rungs)),
-        run,
-        max_concurrent=pool.num_groups * places + 1,
-        callback=killer,
-    )
+    while trials:
+        killer.never_began = []
+        sweep.run_trials(
+            ThinTrial,
+            ListSearcher(trials, {"broker": pool.address, "seen": {}}),
+            make_scheduler(kind, 1, MAX_T, 2, RungLedger(run.rungs)),
+            run,
+            max_concurrent=max_concurrent,
+            callback=killer,
+        )
+        trials = [trial for trial in trials if trial["name"] in killer.never_began]
     return killer
 
 
@@ -223,9 +233,10 @@ def test_pool_asha_on_one_place_stops_whom_its_rule_stops_and_leaves_nothing(run
 
 
 @pytest.mark.slow
-def test_pool_thin_actor_killed_the_sweep_goes_on_with_the_same_decisions(run):
+@pytest.mark.parametrize("at", [(2.5, 2), (5.0, 1)], ids=["while-running", "between-two-trials"])
+def test_pool_thin_actor_killed_the_sweep_goes_on_with_the_same_decisions(run, at):
     with pool_of(run, 1, serve_constant) as pool:
-        killer = run_sweep(run, pool, places=1, at=(2.5, 2), who="thin")
+        killer = run_sweep(run, pool, places=1, at=at, who="thin")
     assert killer.killed
     assert examples_of(run) == EXAMPLES
     assert statuses(run) == ["finished", "finished", "stopped", "finished", "stopped"]
@@ -238,7 +249,7 @@ def test_pool_thin_actor_killed_the_sweep_goes_on_with_the_same_decisions(run):
 def test_pool_worker_killed_its_trials_go_on_and_end(run, one_run):
     with pool_of(run, 2, serve_constant, one_run=one_run) as pool:
         before = pool.first_group()["pid"]
-        killer = run_sweep(run, pool, places=2, kind="fifo", at=(3.0, 2), who="worker")
+        killer = run_sweep(run, pool, 2, kind="fifo", at=(3.0, 2), who="worker", max_concurrent=5)
         after = pool.groups()["group-0"]["pid"]
     assert after not in (before, *killer.killed)
     assert examples_of(run) == [MAX_T] * len(LOSSES)

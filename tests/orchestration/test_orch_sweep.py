@@ -1,54 +1,34 @@
 """`tenfold sweep` for real: local Ray, NF4 on the shipped base. Each starts the command as a user does."""
 
 import json
-import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 
+from orchestration.results import best_trial, read_trials
+from tests.orchestration.sweeps import (
+    BASE,
+    FUNCTIONS,
+    ROOT,
+    losses,
+    processes_of,
+    rows,
+    statuses,
+    sweep,
+    told,
+)
 from trainers.base_model import BaseSpec, load_base
 from trainers.data import DataSpec, prepare_data
+from trainers.paths import RunPaths
 
-ROOT = Path(__file__).resolve().parents[2]
-BASE = ROOT / "trainers" / "assets" / "tiny-llama"
-FUNCTIONS = ROOT / "trainers" / "assets" / "demo" / "functions.jsonl"
 SHARED = ROOT.parent / "shared" / "data"
 
 pytestmark = pytest.mark.ray
-
-
-def sweep(folder: Path, **config) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """Runs `tenfold sweep` in a folder; returns the run's folder and the finished process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    values = {
-        "model": str(BASE),
-        "data": str(FUNCTIONS),
-        "name": "run",
-        "global_batch_size": 16,
-    } | config
-    (folder / "sweep.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "orchestration.cli", "sweep", "sweep.yaml"]
-    environment = os.environ | {"TENFOLD_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=800
-    )
-    return folder / "runs" / "run", done
-
-
-def statuses(run: Path) -> dict[str, dict]:
-    return {
-        path.parent.name: json.loads(path.read_text()) for path in run.glob("trials/*/status.json")
-    }
-
-
-def rows(trial: Path) -> list[dict]:
-    return [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
 
 
 def loss_by_peft(run: Path, spec: DataSpec) -> float:
@@ -78,7 +58,7 @@ def test_sweep_prunes_trains_keeps_the_diverged_and_hands_back_the_best(tmp_path
         examples=96,
         scheduler="fifo",
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, told(done)
     ended = {name[:2] + name.split("-")[1]: status for name, status in statuses(run).items()}
     found = {key: status["status"] for key, status in ended.items()}
     assert found == {"r4lr3.0e": "finished", "r4lr1.0e+30": "diverged"}
@@ -94,29 +74,74 @@ def test_sweep_prunes_trains_keeps_the_diverged_and_hands_back_the_best(tmp_path
     for text in ("report.html", "best adapter", "4 candidates planned, 2 discarded"):
         assert text in done.stdout
     assert (run / "report.html").stat().st_size > 1_000_000  # plotly is inside it
-    assert not [
-        p
-        for p in psutil.process_iter(["cmdline"])
-        if str(tmp_path) in " ".join(p.info["cmdline"] or [])
+    assert not processes_of(tmp_path)
+
+
+def close(found: dict[str, list], expected: dict[str, list], within: float) -> bool:
+    """Whether two sweeps evaluated the same trials at the same examples, to near losses."""
+    assert {name: [at for at, _ in each] for name, each in found.items()} == {
+        name: [at for at, _ in each] for name, each in expected.items()
+    }
+    gaps = [
+        abs(loss - other)
+        for name, each in found.items()
+        for (_, loss), (_, other) in zip(each, expected[name], strict=True)
     ]
+    return max(gaps) <= within
 
 
 @pytest.mark.slow
-def test_sweep_two_workers_equal_one(tmp_path):
-    config = {
-        "lora_rank": 4,
-        "learning_rate": 3e-3,
-        "examples": 64,
-        "quantization": "none",
-        "dtype": "fp32",
+def test_sweep_packed_ends_in_the_numbers_of_solo_on_one_worker_or_two(tmp_path):
+    config = {"lora_rank": [4, 8], "learning_rate": [1e-3, 3e-3], "examples": 64}
+    config |= {"scheduler": "fifo", "quantization": "none", "dtype": "fp32"}
+    arms = {
+        "solo": {"engine": "solo"},
+        "packed": {},
+        "two": {"workers_per_trial": 2},
     }
-    losses = []
-    for count in (1, 2):
-        run, done = sweep(tmp_path / str(count), workers_per_trial=count, **config)
-        assert done.returncode == 0, done.stdout + done.stderr
-        losses.append([row["eval_loss"] for row in rows(next((run / "trials").iterdir()))])
-    assert len(losses[0]) == 5
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    found = {}
+    for name, arm in arms.items():
+        run, done = sweep(tmp_path / name, **config, **arm)
+        assert done.returncode == 0, told(done)
+        found[name] = losses(run)
+        assert [len(each) for each in found[name].values()] == [5] * 4
+        packs = run / "packs.json"
+        if name == "solo":
+            assert not packs.exists()
+        else:  # trials did share their workers
+            assert json.loads(packs.read_text())["places"] > 1
+    assert close(found["packed"], found["solo"], 1e-5)
+    assert close(found["two"], found["packed"], 1e-5)
+
+
+@pytest.mark.slow
+def test_sweep_of_nf4_chooses_the_same_best_packed_and_solo(tmp_path):
+    config = {"lora_rank": [4, 16], "learning_rate": [1e-4, 1e-2], "examples": 96}
+    found, best = {}, {}
+    for engine in ("solo", "packed"):
+        run, done = sweep(tmp_path / engine, engine=engine, scheduler="fifo", **config)
+        assert done.returncode == 0, told(done)
+        found[engine] = losses(run)
+        best[engine] = best_trial(read_trials(RunPaths(run)))
+    assert best["packed"].name == best["solo"].name
+    assert close(found["packed"], found["solo"], 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["packed", "solo"])
+def test_sweep_refuses_damaged_weights_in_one_line_and_leaves_nothing(tmp_path, engine):
+    base = tmp_path / "base"
+    shutil.copytree(BASE, base)
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    run, done = sweep(
+        tmp_path, model=str(base), lora_rank=4, learning_rate=3e-3, examples=32, engine=engine
+    )
+    assert done.returncode == 2, told(done)
+    (line,) = done.stderr.strip().splitlines()
+    assert str(weights) in line
+    assert not run.exists()
+    assert not processes_of(tmp_path)
 
 
 @pytest.mark.slow
@@ -127,7 +152,7 @@ def test_sweep_of_real_files_runs_through(tmp_path, name):
     run, done = sweep(
         tmp_path, data=str(SHARED / name), learning_rate=3e-3, lora_rank=16, examples=32
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, told(done)
     (status,) = statuses(run).values()
     assert (status["status"], status["examples"]) == ("finished", 32)
 
@@ -136,13 +161,13 @@ def test_sweep_of_real_files_runs_through(tmp_path, name):
 def test_sweep_worker_killed_goes_on_and_ends_in_the_same_numbers(tmp_path):
     config = {"lora_rank": 4, "learning_rate": 3e-3, "examples": 160, "eval_every": 32}
     run, done = sweep(tmp_path / "whole", **config)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, told(done)
     expected = [row["eval_loss"] for row in rows(next((run / "trials").iterdir()))]
     folder = tmp_path / "killed"
     killer = subprocess.Popen([sys.executable, "-c", KILLER, str(folder)])
     run, done = sweep(folder, **config)
     assert killer.wait(timeout=60) == 0, "no worker was killed"
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, told(done)
     assert [row["eval_loss"] for row in rows(next((run / "trials").iterdir()))] == expected
 
 
@@ -172,7 +197,7 @@ def test_sweep_stopped_trials_leave_nothing_behind_and_keep_their_scores(tmp_pat
         eval_every=32,
         reduction_factor=2,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, told(done)
     found = statuses(run)
     assert {status["status"] for status in found.values()} == {"finished", "stopped"}
     for name, status in found.items():

@@ -1,0 +1,94 @@
+"""`tenfold sweep` and `tenfold resume` as a user starts them: processes in a folder of their own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = ROOT / "trainers" / "assets" / "tiny-llama"
+FUNCTIONS = ROOT / "trainers" / "assets" / "demo" / "functions.jsonl"
+TIMEOUT_S = 800
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Starts `tenfold ...` in a folder, with its cache there."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "orchestration.cli", *arguments],
+        cwd=folder,
+        env=os.environ | {"TENFOLD_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """Waits for a process that `start` started."""
+    stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def write_config(folder: Path, **config: object) -> Path:
+    """Writes sweep.yaml for the shipped base and the demo's functions; returns the run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"model": str(BASE), "data": str(FUNCTIONS), "name": "run", "global_batch_size": 16}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(values | config))
+    return folder / "runs" / "run"
+
+
+def sweep(folder: Path, **config: object) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Runs a sweep to its end; returns the run's folder and the finished process."""
+    run = write_config(folder, **config)
+    return run, ended(start(folder, "sweep", "sweep.yaml"))
+
+
+def resume(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs `tenfold resume` to its end."""
+    return ended(start(folder, "resume", "runs/run"))
+
+
+def told(done: subprocess.CompletedProcess[str]) -> str:
+    """What a process printed, for the message of a failed assertion."""
+    return f"exit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Waits for a state of a running sweep."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert process.poll() is None, told(ended(process))
+        assert time.monotonic() < deadline, "the sweep never came to the awaited state"
+        time.sleep(0.1)
+
+
+def statuses(run: Path) -> dict[str, dict]:
+    """Trial -> status.json, of the trials that ended."""
+    return {
+        path.parent.name: json.loads(path.read_text()) for path in run.glob("trials/*/status.json")
+    }
+
+
+def rows(trial: Path) -> list[dict]:
+    """The metrics rows of a trial."""
+    return [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Trial -> (examples, eval_loss) of every evaluation."""
+    return {
+        trial.name: [(row["examples"], row["eval_loss"]) for row in rows(trial)]
+        for trial in sorted((run / "trials").iterdir())
+    }
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines of living processes that name a folder."""
+    lines = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
+    return [line for line in lines if str(folder) in line]

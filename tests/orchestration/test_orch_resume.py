@@ -1,0 +1,155 @@
+"""`tenfold resume` for real: a sweep is cut off, resumed, and compared with one that never was."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.orchestration.sweeps import (
+    FUNCTIONS,
+    ended,
+    losses,
+    processes_of,
+    resume,
+    rows,
+    start,
+    statuses,
+    sweep,
+    told,
+    wait_until,
+    write_config,
+)
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+# One adapter a group: the composition of a pack is then the same whenever a trial enters, and the
+# numbers of a resumed run must be equal, not near.
+CONFIG = {
+    "lora_rank": 4,
+    "learning_rate": [1e-3, 3e-3, 1e-2],
+    "examples": 160,
+    "eval_every": 32,
+    "quantization": "none",
+    "dtype": "fp32",
+    "pack_size": 1,
+}
+
+
+def one_ended_one_begun(run: Path) -> bool:
+    """Whether a trial has ended and another has a checkpoint to go on from."""
+    done = statuses(run)
+    begun = [path.parents[1].name for path in run.glob("trials/*/checkpoint/trainer_state.json")]
+    return bool(done) and any(name not in done for name in begun)
+
+
+def rungs(run: Path) -> set[tuple[str, int, float]]:
+    """What the scheduler was told of, in any order."""
+    lines = [json.loads(line) for line in (run / "rungs.jsonl").read_text().splitlines()]
+    return {(line["trial"], line["examples"], line["eval_loss"]) for line in lines}
+
+
+def kill(driver: subprocess.Popen[str]) -> None:
+    """Kills a driver; its local Ray ends by itself, so that nothing is left that trains on."""
+    below = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate(timeout=60)
+    _, alive = psutil.wait_procs(below, timeout=60)
+    assert not alive, alive
+
+
+def test_resume_after_a_killed_driver_ends_in_the_numbers_of_a_whole_sweep(tmp_path):
+    data = tmp_path / "functions.jsonl"
+    shutil.copyfile(FUNCTIONS, data)
+    config = CONFIG | {"data": str(data), "scheduler": "fifo"}
+    whole, done = sweep(tmp_path / "whole", **config)
+    assert done.returncode == 0, told(done)
+    folder = tmp_path / "cut"
+    run = write_config(folder, **config)
+    driver = start(folder, "sweep", "sweep.yaml")
+    wait_until(lambda: run.exists() and one_ended_one_begun(run), driver)
+    refused = resume(folder)
+    assert refused.returncode == 2, told(refused)
+    assert "being driven by another process" in refused.stderr
+    kill(driver)
+    first = {name: (run / "trials" / name / "metrics.jsonl").stat() for name in statuses(run)}
+    assert first
+    assert len(first) < 3
+    done = resume(folder)
+    assert done.returncode == 0, told(done)
+    assert {status["status"] for status in statuses(run).values()} == {"finished"}
+    assert losses(run) == losses(whole)
+    assert rungs(run) == rungs(whole)
+    for name, before in first.items():  # what had ended was not trained again
+        after = (run / "trials" / name / "metrics.jsonl").stat()
+        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    again = resume(folder)
+    assert again.returncode == 0, told(again)
+    assert losses(run) == losses(whole)
+    with data.open("a") as file:
+        file.write('{"prompt": "def f():", "completion": " return 1"}\n')
+    edited = resume(folder)
+    assert edited.returncode == 2, told(edited)
+    assert "must plan the same" in edited.stderr
+    assert losses(run) == losses(whole)
+
+
+def test_resume_of_solo_goes_on_from_checkpoints(tmp_path):
+    config = CONFIG | {"engine": "solo", "learning_rate": [3e-3, 1e-2], "scheduler": "fifo"}
+    del config["pack_size"]
+    folder = tmp_path / "cut"
+    run = write_config(folder, **config)
+    driver = start(folder, "sweep", "sweep.yaml")
+    begun = "trials/*/checkpoint/trainer_state.json"
+    wait_until(lambda: list(run.glob(begun)), driver)
+    kill(driver)
+    kept = {name: found for name, found in losses(run).items() if found}
+    done = resume(folder)
+    assert done.returncode == 0, told(done)
+    assert {status["status"] for status in statuses(run).values()} == {"finished"}
+    found = losses(run)
+    assert [len(each) for each in found.values()] == [6, 6]
+    assert all(found[name][: len(before) - 1] == before[:-1] for name, before in kept.items())
+    whole, done = sweep(tmp_path / "whole", **config)
+    assert done.returncode == 0, told(done)
+    assert found == losses(whole)
+
+
+def test_resume_of_an_interrupted_optuna_sweep_keeps_its_number_of_trials(tmp_path):
+    config = CONFIG | {
+        "search": "optuna",
+        "num_candidates": 4,
+        "learning_rate": {"low": 1e-4, "high": 1e-2, "num": 5},
+    }
+    run = write_config(tmp_path, **config)
+    driver = start(tmp_path, "sweep", "sweep.yaml")
+    wait_until(lambda: run.exists() and one_ended_one_begun(run), driver)
+    driver.send_signal(signal.SIGINT)
+    cut = ended(driver)
+    assert cut.returncode == 130, told(cut)
+    assert re.search(r"interrupted: \d trials did not end; `tenfold resume .*` goes on", cut.stdout)
+    assert not processes_of(tmp_path)
+    assert len(statuses(run)) < 4
+    done = resume(tmp_path)
+    assert done.returncode == 0, told(done)
+    found = statuses(run)
+    assert len(found) == 4
+    assert len(list((run / "trials").iterdir())) == 4
+    for name, status in found.items():
+        examples = [row["examples"] for row in rows(run / "trials" / name)]
+        assert examples == sorted(set(examples))
+        assert examples[-1] == status["examples"]
+
+
+def test_resume_refuses_a_folder_that_is_no_run(tmp_path):
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    done = resume(tmp_path)
+    assert done.returncode == 2, told(done)
+    (line,) = done.stderr.strip().splitlines()
+    assert "must be the folder of a sweep" in line
+    assert os.listdir(tmp_path / "runs" / "run") == []
