@@ -15,7 +15,7 @@ from orchestration.results import mark_ended
 from orchestration.rungs import RungLedger
 from orchestration.schedulers import make_scheduler
 from orchestration.tracking import make_trackers
-from orchestration.trials import TrialMaker, history, known_names, settle, unended
+from orchestration.trials import TrialMaker, history, known_names, settle, unended, untold
 from search_spaces.candidate import trial_name
 from trainers.paths import RunPaths, read_json, write_json
 
@@ -164,10 +164,13 @@ class _Work:
         """Tune's scheduler, as it was when the last driver of this run died."""
         budget = self.plan.budget
         assert budget is not None
-        return make_scheduler(
+        scheduler = make_scheduler(
             self.config.scheduler,
             budget.grace_period,
             budget.num_examples,
             self.config.reduction_factor,
             RungLedger(self.run.rungs),
         )
+        for name, examples, loss in untold(self.run):
+            scheduler.complete(name, examples, loss)
+        return scheduler

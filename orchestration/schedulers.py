@@ -104,9 +104,12 @@ class RecordedScheduler(FIFOScheduler):
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         # Tune asks for no decision on a result that says done; it comes here alone.
-        decision = self.on_trial_result(tune_controller, trial, result)
-        if decision == CONTINUE and _has_score(result):
-            name, examples, loss = _name(trial), int(result[CLOCK]), float(result[METRIC])
+        if _has_score(result) and math.isfinite(result[METRIC]):
+            self.complete(_name(trial), int(result[CLOCK]), float(result[METRIC]))
+
+    def complete(self, name: str, examples: int, loss: float) -> None:
+        """A trial ended by itself, with a last result that may be known or not."""
+        if self._judge(name, examples, loss) == CONTINUE:
             self._end(name, examples, loss)
             self._write(name, examples, loss, STOP)
 

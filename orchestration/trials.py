@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestration.results import mark_ended, read_trial
-from orchestration.rungs import RungLedger, stopped_trials
+from orchestration.rungs import CLOCK, METRIC, RungLedger, stopped_trials
 from search_spaces.candidate import Candidate, trial_name
 from trainers.metrics import best_row
 from trainers.paths import RunPaths, read_json, write_json
@@ -80,6 +80,18 @@ def settle(run: RunPaths) -> dict[str, int]:
     for record in records:
         seen.setdefault(record.trial, set()).add(record.examples)
     return {name: len(examples) for name, examples in seen.items()}
+
+
+def untold(run: RunPaths) -> list[tuple[str, int, float]]:
+    """(trial, examples, eval_loss) of last results that no driver lived to tell its scheduler: a trial
+    that finishes ends on its worker."""
+    told, left = stopped_trials(RungLedger(run.rungs).records()), []
+    for name in known_names(run):
+        record = read_trial(run.trial(name))
+        if record.status == "finished" and name not in told:
+            last = record.rows[-1]
+            left.append((name, last[CLOCK], last[METRIC]))
+    return left
 
 
 def unended(run: RunPaths, names: list[str]) -> list[str]:

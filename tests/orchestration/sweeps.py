@@ -36,11 +36,16 @@ def ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
 
 
 def write_config(folder: Path, **config: object) -> Path:
-    """Writes sweep.yaml for the shipped base and the demo's functions; returns the run's folder."""
+    """Writes sweep.yaml for the shipped base and the demo's functions; returns the run's folder.
+
+    Runs of one folder (by other names) share its cache, and with it the measured size of a forward:
+    only then can their losses be equal to the last bit.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     values = {"model": str(BASE), "data": str(FUNCTIONS), "name": "run", "global_batch_size": 16}
-    (folder / "sweep.yaml").write_text(yaml.safe_dump(values | config))
-    return folder / "runs" / "run"
+    values |= config
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(values))
+    return folder / "runs" / str(values["name"])
 
 
 def sweep(folder: Path, **config: object) -> tuple[Path, subprocess.CompletedProcess[str]]:

@@ -41,7 +41,7 @@ def run_all(work: _Work, monkeypatch, give_up) -> list[list[str]]:
         attempts.append(names)
         for name in names:
             if name not in options["callback"].never_began:
-                mark_ended(run.trial(name), "finished", "")
+                mark_ended(run.trial(name), "stopped", "")
 
     monkeypatch.setattr(sweep, "run_trials", run_trials)
     names = [trial["name"] for trial in work.trials]
@@ -57,13 +57,13 @@ def test_engine_runs_what_never_began_once_more(work, monkeypatch):
     attempts = run_all(work, monkeypatch, lambda at, names: names[1:2] if at == 0 else [])
     assert [len(names) for names in attempts] == [3, 1]
     assert attempts[1] == attempts[0][1:2]
-    assert statuses(work, attempts[0]) == ["finished"] * 3
+    assert statuses(work, attempts[0]) == ["stopped"] * 3
 
 
 def test_engine_gives_up_what_never_begins(work, monkeypatch):
     attempts = run_all(work, monkeypatch, lambda at, names: names[-1:])
     assert [len(names) for names in attempts] == [3] + [1] * sweep.ACTOR_FAILURES
-    assert statuses(work, attempts[0]) == ["finished", "finished", "failed"]
+    assert statuses(work, attempts[0]) == ["stopped", "stopped", "failed"]
 
 
 def test_engine_leaves_an_interrupted_sweep_to_resume(work, monkeypatch):

@@ -54,9 +54,14 @@ def rungs(run: Path) -> set[tuple[str, int, float]]:
     return {(line["trial"], line["examples"], line["eval_loss"]) for line in lines}
 
 
+RAY_AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+"""Ray's own, which take a minute or two to see that their raylet is gone."""
+
+
 def kill(driver: subprocess.Popen[str]) -> None:
     """Kills a driver; its local Ray ends by itself, so that nothing is left that trains on."""
     below = psutil.Process(driver.pid).children(recursive=True)
+    below = [process for process in below if process.name() not in RAY_AGENTS]
     driver.send_signal(signal.SIGKILL)
     driver.communicate(timeout=60)
     _, alive = psutil.wait_procs(below, timeout=60)
@@ -67,20 +72,19 @@ def test_resume_after_a_killed_driver_ends_in_the_numbers_of_a_whole_sweep(tmp_p
     data = tmp_path / "functions.jsonl"
     shutil.copyfile(FUNCTIONS, data)
     config = CONFIG | {"data": str(data), "scheduler": "fifo"}
-    whole, done = sweep(tmp_path / "whole", **config)
+    whole, done = sweep(tmp_path, name="whole", **config)
     assert done.returncode == 0, told(done)
-    folder = tmp_path / "cut"
-    run = write_config(folder, **config)
-    driver = start(folder, "sweep", "sweep.yaml")
+    run = write_config(tmp_path, **config)
+    driver = start(tmp_path, "sweep", "sweep.yaml")
     wait_until(lambda: run.exists() and one_ended_one_begun(run), driver)
-    refused = resume(folder)
+    refused = resume(tmp_path)
     assert refused.returncode == 2, told(refused)
     assert "being driven by another process" in refused.stderr
     kill(driver)
     first = {name: (run / "trials" / name / "metrics.jsonl").stat() for name in statuses(run)}
     assert first
     assert len(first) < 3
-    done = resume(folder)
+    done = resume(tmp_path)
     assert done.returncode == 0, told(done)
     assert {status["status"] for status in statuses(run).values()} == {"finished"}
     assert losses(run) == losses(whole)
@@ -88,12 +92,12 @@ def test_resume_after_a_killed_driver_ends_in_the_numbers_of_a_whole_sweep(tmp_p
     for name, before in first.items():  # what had ended was not trained again
         after = (run / "trials" / name / "metrics.jsonl").stat()
         assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    again = resume(folder)
+    again = resume(tmp_path)
     assert again.returncode == 0, told(again)
     assert losses(run) == losses(whole)
     with data.open("a") as file:
         file.write('{"prompt": "def f():", "completion": " return 1"}\n')
-    edited = resume(folder)
+    edited = resume(tmp_path)
     assert edited.returncode == 2, told(edited)
     assert "must plan the same" in edited.stderr
     assert losses(run) == losses(whole)
@@ -102,20 +106,19 @@ def test_resume_after_a_killed_driver_ends_in_the_numbers_of_a_whole_sweep(tmp_p
 def test_resume_of_solo_goes_on_from_checkpoints(tmp_path):
     config = CONFIG | {"engine": "solo", "learning_rate": [3e-3, 1e-2], "scheduler": "fifo"}
     del config["pack_size"]
-    folder = tmp_path / "cut"
-    run = write_config(folder, **config)
-    driver = start(folder, "sweep", "sweep.yaml")
+    run = write_config(tmp_path, **config)
+    driver = start(tmp_path, "sweep", "sweep.yaml")
     begun = "trials/*/checkpoint/trainer_state.json"
     wait_until(lambda: list(run.glob(begun)), driver)
     kill(driver)
     kept = {name: found for name, found in losses(run).items() if found}
-    done = resume(folder)
+    done = resume(tmp_path)
     assert done.returncode == 0, told(done)
     assert {status["status"] for status in statuses(run).values()} == {"finished"}
     found = losses(run)
     assert [len(each) for each in found.values()] == [6, 6]
     assert all(found[name][: len(before) - 1] == before[:-1] for name, before in kept.items())
-    whole, done = sweep(tmp_path / "whole", **config)
+    whole, done = sweep(tmp_path, name="whole", **config)
     assert done.returncode == 0, told(done)
     assert found == losses(whole)
 
