@@ -47,12 +47,12 @@ def _packed(plan: Plan, inventory: Inventory, run: RunPaths, progress: Progress)
     one_run = plan.config.address is None and not inventory.num_gpus and demand.num_workers == 1
     measure = measurement(plan, demand)
     with Pool(demand, packs.num_groups, warm, measure, storage, one_run=one_run) as pool:
-        progress.note(f"starting {packs.num_groups} worker groups, loading the base")
+        progress.note(f"starting {packs.num_groups} worker group(s), loading the base")
         if not measured:  # else Tune's own processes start beside the workers'
             packs = plan_packs(plan, inventory, pool.first_group()["max_tokens"])
         facts = vars(packs) | {"workers_per_group": demand.num_workers}
         write_json(run.packs, facts)
-        progress.note(f"{packs.num_groups} groups x {packs.places} adapters: {packs.reason}")
+        progress.note(f"{packs.num_groups} group(s) x {packs.places} adapters: {packs.reason}")
         pool.open(packs.places)
         work.run_all(
             ThinTrial,

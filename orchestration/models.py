@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from search_spaces.architecture import ModelShape, UnknownArchitectureError
+from trainers.paths import read_json
 
 
 def is_local(model: str) -> bool:
@@ -58,15 +59,37 @@ def model_shape(model: str, revision: str | None = None) -> ModelShape:
 
 
 def require_weights(model: str) -> None:
-    """A sweep needs more than a config.json.
+    """A sweep needs more than a config.json. Reads headers alone.
 
     Raises:
-        ValueError: a local folder without config.json or safetensors, or a bare config file.
+        ValueError: a local folder without config.json or whole safetensors, or a bare config file.
     """
     path = Path(model).expanduser()
     if path.is_file():
         raise ValueError(
             f"model {model}: a sweep needs a folder with weights, this is a file (plan can use it)"
         )
-    if path.is_dir() and not list(config_path(model).parent.glob("*.safetensors")):
+    if not path.is_dir():
+        return  # a hub id: its download is checked by who loads it
+    folder = config_path(model).parent
+    files = set(folder.glob("*.safetensors"))
+    if not files:
         raise ValueError(f"model {model}: the folder must hold *.safetensors weights, it has none")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files |= {folder / name for name in read_json(index)["weight_map"].values()}
+    for file in sorted(files):
+        _require_whole(file)
+
+
+def _require_whole(file: Path) -> None:
+    """A header that says what the file holds, and all of it there."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np"):
+            return
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file}: must be a whole safetensors file, it is not ({error}); copy or download it again"
+        ) from error

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,27 @@ def test_bad_model_without_weights_can_be_planned_but_not_swept(write_sweep, bas
     (line,) = told("sweep", config, capsys)
     assert "model model" in line
     assert "safetensors" in line
+
+
+@pytest.mark.parametrize("length", [0, 5, 1_000, -1])
+def test_bad_weights_that_are_not_whole_are_named_and_leave_nothing(
+    write_sweep, base, capsys, length
+):
+    shutil.copytree(base, "model")
+    weights = Path("model/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:length])
+    (line,) = told("sweep", write_sweep(model="model"), capsys)
+    assert str(weights) in line
+    assert "whole safetensors file" in line
+    assert not Path("runs").exists()
+
+
+def test_bad_weights_of_which_a_shard_is_missing_are_named(write_sweep, base, capsys):
+    shutil.copytree(base, "model")
+    shards = {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}
+    write("model/model.safetensors.index.json", json.dumps({"weight_map": shards}))
+    (line,) = told("sweep", write_sweep(model="model"), capsys)
+    assert "model/model-00002-of-00002.safetensors" in line
 
 
 VALUES = {

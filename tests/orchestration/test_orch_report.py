@@ -105,6 +105,29 @@ def test_write_report_names_the_best_the_failed_and_the_discarded(run):
     assert "<script src" not in text
 
 
+def test_write_report_tells_the_packs_of_warm_workers_and_that_solo_had_none(run):
+    write_report(run)
+    assert "Engine solo" in run.report.read_text()
+    packs = {"num_groups": 2, "workers_per_group": 1, "places": 4, "reason": "4 fill <a> forward"}
+    groups = {
+        "group-0": {"device": "CPU X", "max_tokens": 1024, "loaded_in_s": 3.21},
+        "group-1": {"lost": "RuntimeError: no <memory>"},
+    }
+    write_json(run.packs, packs | {"keep_dequantized": True, "groups": groups})
+    write_report(run)
+    text = run.report.read_text()
+    for part in (
+        "2 group(s) of 1 worker(s), up to 4 adapters each: 4 fill &lt;a&gt; forward",
+        "kept dequantized",
+        "CPU X",
+        "1,024",
+        "3.2",
+        "RuntimeError: no &lt;memory&gt;",
+    ):
+        assert part in text
+    assert "Engine solo" not in text
+
+
 def test_write_report_without_a_usable_trial_says_so(run):
     for name in ("good", "worse"):
         write_json(
