@@ -81,15 +81,23 @@ class Board:
         self.starts: dict[str, int] = {}
         self.stopping = False
 
+    def enlist(self, trials: Iterable[tuple[dict[str, Any], int]]) -> None:
+        """Puts trials into the queue in the order in which Tune will start them, each with the evaluation
+        that it will ask for first. They train before their thin trials live, and in the plan's order:
+        those would ask in the order in which their processes happen to start."""
+        for trial, index in trials:
+            if trial["name"] not in self.entries:
+                entry = self.entries[trial["name"]] = Entry(trial, index)
+                self.queue.append(entry)
+        self._assign()
+
     # What trials say
 
     def ask(self, trial: dict[str, Any], index: int) -> None:
         """A trial wants its evaluation number `index`; asking again changes nothing."""
-        entry = self.entries.get(trial["name"])
-        if entry is None:
-            entry = self.entries[trial["name"]] = Entry(trial, index)
-            self.queue.append(entry)
-        elif index > entry.asked:
+        self.enlist([(trial, index)])
+        entry = self.entries[trial["name"]]
+        if index > entry.asked:
             entry.asked = index
             if entry.group is not None:
                 command = {"kind": "allow", "trial": entry.name, "index": index}

@@ -71,6 +71,11 @@ class Broker:
                 break
         return []
 
+    async def enlist(self, trials: list[tuple[dict[str, Any], int]]) -> None:
+        """See Board.enlist."""
+        self.board.enlist(trials)
+        await self._notify()
+
     async def open(self, places: int) -> None:
         """See Board.open."""
         self.board.open(places)

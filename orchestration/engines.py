@@ -53,7 +53,7 @@ def _packed(plan: Plan, inventory: Inventory, run: RunPaths, progress: Progress)
         facts = vars(packs) | {"workers_per_group": demand.num_workers}
         write_json(run.packs, facts)
         progress.note(f"{packs.num_groups} group(s) x {packs.places} adapters: {packs.reason}")
-        pool.open(packs.places)
+        pool.open(packs.places, [(t, work.seen.get(t["name"], 0)) for t in work.trials])
         work.run_all(
             ThinTrial,
             {"broker": pool.address},

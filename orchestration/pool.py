@@ -142,10 +142,11 @@ class Pool:
         if len(groups) == self.num_groups and all("lost" in info for info in groups.values()):
             raise ValueError(f"no worker group is left: {_reasons(groups)}")
 
-    def open(self, places: int) -> None:
-        """Lets trials in, so many at once in each group."""
+    def open(self, places: int, trials: list[tuple[dict[str, Any], int]]) -> None:
+        """Lets trials in, so many at once in each group; these first, in their order (see Board.enlist)."""
         import ray
 
+        ray.get(self.broker.enlist.remote(trials))
         ray.get(self.broker.open.remote(places))
 
     def cancel(self, trial: str) -> None:

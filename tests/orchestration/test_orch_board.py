@@ -86,6 +86,37 @@ def die(board: Board, group: str, incarnation: str) -> None:
 # Places
 
 
+def test_enlisted_trials_get_places_in_their_order_whoever_asks_first():
+    board = Board(num_groups=1)
+    ready(board, "g")
+    board.enlist([(trial(name), 0) for name in "abcd"])
+    ask_all(board, "d", "c", "b")
+    board.open(2)
+    assert placed(board) == {"g": ["a", "b"]}
+    assert told(board, "g") == [enter("a"), enter("b")]
+    board.hear([row_event("a", 0, last=True), end_event("a")])
+    assert placed(board) == {"g": ["b", "c"]}
+    board.ask(trial("a"), 0)  # its thin trial lives at last
+    assert board.answer("a", 0) == {"row": row(0), "last": True}
+
+
+def test_enlisted_trial_goes_on_from_the_evaluation_it_is_enlisted_with():
+    board = board_of("g", places=1)
+    board.enlist([(trial("a"), 3)])
+    board.ask(trial("a"), 3)
+    assert told(board, "g") == [enter("a", 3)]
+    board.ask(trial("a"), 4)
+    assert told(board, "g") == [("allow", "a", 4)]
+
+
+def test_enlisted_twice_is_one_trial():
+    board = board_of("g", places=1)
+    for _ in range(2):
+        board.enlist([(trial("a"), 0), (trial("b"), 0)])
+    assert placed(board) == {"g": ["a"]}
+    assert waiting(board) == ["b"]
+
+
 def test_ask_more_than_places_holds_only_places_and_the_rest_waits_in_order():
     board = board_of("g")
     ask_all(board, "a", "b", "c", "d")

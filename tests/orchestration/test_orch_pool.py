@@ -171,7 +171,7 @@ def run_sweep(
     trials = write_trials(run, LOSSES)
     killer = Killer(run, pool, at=at, who=who)
     pool.first_group()
-    pool.open(places)
+    pool.open(places, [(trial, 0) for trial in trials])
     while trials:
         killer.never_began = []
         sweep.run_trials(
