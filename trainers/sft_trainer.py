@@ -33,7 +33,7 @@ from trainers.measure import measure_max_tokens
 from trainers.meta_shape import shape_of_config
 from trainers.metrics import best_row
 from trainers.paths import TrialPaths, read_json_lines, write_json, write_json_lines
-from trainers.speed import read_speed, write_speed
+from trainers.speed import measured_once, read_speed
 from trainers.tokenizer import load_tokenizer
 
 DEFAULT_MAX_TOKENS = 2048
@@ -168,17 +168,22 @@ class Station:
 
     def measure(self, path: str, lora_rank: int, row_tokens: int) -> dict[str, Any]:
         """Sizes the forwards as measured on this machine, now or before (see trainers/measure.py)."""
-        measured = read_speed(Path(path)) if self.comm.world_rank == 0 else None
+        measured = None
+        if self.comm.world_rank == 0:
+            measured = (
+                read_speed(Path(path))
+                if self.full_finetune
+                else measured_once(Path(path), lambda: self._measure(lora_rank, row_tokens))
+            )
         measured = self.comm.share(measured)
-        if measured is None and not self.full_finetune:
-            found = measure_max_tokens(self.pack, self.shape, lora_rank, row_tokens)
-            measured = self.comm.share(found | {"device": device_name(self.model.device)})
-            if self.comm.world_rank == 0:
-                write_speed(Path(path), measured)
         if measured is not None:
             limits = replace(self.trainer.limits, max_tokens=measured["max_tokens"])
             self.trainer.limits = limits
         return measured or {}
+
+    def _measure(self, lora_rank: int, row_tokens: int) -> dict[str, Any]:
+        found = measure_max_tokens(self.pack, self.shape, lora_rank, row_tokens)
+        return found | {"device": device_name(self.model.device)}
 
     def facts(self) -> dict[str, Any]:
         """What a plan of packs wants to know of a loaded base."""

@@ -1,8 +1,10 @@
 """How many tokens a forward should hold on a machine, as measured there once. Imports no torch: a plan
 reads it too."""
 
+import fcntl
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,19 @@ def read_speed(path: Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
-def write_speed(path: Path, measured: dict[str, Any]) -> None:
-    """Keeps a measurement."""
-    write_json(path, measured)
+def measured_once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The measurement that is kept, else a new one, which is then kept.
+
+    Who comes while another measures waits for that one: two at once would disturb each other, and
+    forwards of different sizes round differently.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (found := read_speed(path)) is None:
+            found = measure()
+            write_json(path, found)
+    return found
 
 
 def cpu_name() -> str:

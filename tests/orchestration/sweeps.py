@@ -54,9 +54,9 @@ def sweep(folder: Path, **config: object) -> tuple[Path, subprocess.CompletedPro
     return run, ended(start(folder, "sweep", "sweep.yaml"))
 
 
-def resume(folder: Path) -> subprocess.CompletedProcess[str]:
+def resume(folder: Path, name: str = "run") -> subprocess.CompletedProcess[str]:
     """Runs `tenfold resume` to its end."""
-    return ended(start(folder, "resume", "runs/run"))
+    return ended(start(folder, "resume", f"runs/{name}"))
 
 
 def told(done: subprocess.CompletedProcess[str]) -> str:

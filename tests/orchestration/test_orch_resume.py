@@ -38,7 +38,19 @@ CONFIG = {
     "quantization": "none",
     "dtype": "fp32",
     "pack_size": 1,
+    "scheduler": "fifo",
+    "data": "functions.jsonl",
 }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the sweep `whole` ran to its end, and others may run beside it."""
+    folder = tmp_path_factory.mktemp("resume")
+    shutil.copyfile(FUNCTIONS, folder / "functions.jsonl")
+    _, done = sweep(folder, name="whole", **CONFIG)
+    assert done.returncode == 0, told(done)
+    return folder
 
 
 def one_ended_one_begun(run: Path) -> bool:
@@ -68,23 +80,18 @@ def kill(driver: subprocess.Popen[str]) -> None:
     assert not alive, alive
 
 
-def test_resume_after_a_killed_driver_ends_in_the_numbers_of_a_whole_sweep(tmp_path):
-    data = tmp_path / "functions.jsonl"
-    shutil.copyfile(FUNCTIONS, data)
-    config = CONFIG | {"data": str(data), "scheduler": "fifo"}
-    whole, done = sweep(tmp_path, name="whole", **config)
-    assert done.returncode == 0, told(done)
-    run = write_config(tmp_path, **config)
-    driver = start(tmp_path, "sweep", "sweep.yaml")
+def test_resume_after_a_killed_driver_ends_in_the_numbers_of_a_whole_sweep(folder):
+    whole, run = folder / "runs" / "whole", write_config(folder, **CONFIG)
+    driver = start(folder, "sweep", "sweep.yaml")
     wait_until(lambda: run.exists() and one_ended_one_begun(run), driver)
-    refused = resume(tmp_path)
+    refused = resume(folder)
     assert refused.returncode == 2, told(refused)
     assert "being driven by another process" in refused.stderr
     kill(driver)
     first = {name: (run / "trials" / name / "metrics.jsonl").stat() for name in statuses(run)}
     assert first
     assert len(first) < 3
-    done = resume(tmp_path)
+    done = resume(folder)
     assert done.returncode == 0, told(done)
     assert {status["status"] for status in statuses(run).values()} == {"finished"}
     assert losses(run) == losses(whole)
@@ -92,43 +99,46 @@ def test_resume_after_a_killed_driver_ends_in_the_numbers_of_a_whole_sweep(tmp_p
     for name, before in first.items():  # what had ended was not trained again
         after = (run / "trials" / name / "metrics.jsonl").stat()
         assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    again = resume(tmp_path)
+    again = resume(folder)
     assert again.returncode == 0, told(again)
     assert losses(run) == losses(whole)
+    data = folder / "functions.jsonl"
     with data.open("a") as file:
         file.write('{"prompt": "def f():", "completion": " return 1"}\n')
-    edited = resume(tmp_path)
+    edited = resume(folder)
     assert edited.returncode == 2, told(edited)
+    shutil.copyfile(FUNCTIONS, data)
     assert "must plan the same" in edited.stderr
     assert losses(run) == losses(whole)
 
 
-def test_resume_of_solo_goes_on_from_checkpoints(tmp_path):
-    config = CONFIG | {"engine": "solo", "learning_rate": [3e-3, 1e-2], "scheduler": "fifo"}
+def test_resume_of_solo_goes_on_from_checkpoints(folder):
+    config = CONFIG | {"engine": "solo", "learning_rate": [3e-3, 1e-2], "name": "solo"}
     del config["pack_size"]
-    run = write_config(tmp_path, **config)
-    driver = start(tmp_path, "sweep", "sweep.yaml")
+    run = write_config(folder, **config)
+    driver = start(folder, "sweep", "sweep.yaml")
     begun = "trials/*/checkpoint/trainer_state.json"
     wait_until(lambda: list(run.glob(begun)), driver)
     kill(driver)
     kept = {name: found for name, found in losses(run).items() if found}
-    done = resume(tmp_path)
+    done = resume(folder, "solo")
     assert done.returncode == 0, told(done)
     assert {status["status"] for status in statuses(run).values()} == {"finished"}
-    found = losses(run)
-    assert [len(each) for each in found.values()] == [6, 6]
+    found, whole = losses(run), losses(folder / "runs" / "whole")
     assert all(found[name][: len(before) - 1] == before[:-1] for name, before in kept.items())
-    whole, done = sweep(tmp_path, name="whole", **config)
-    assert done.returncode == 0, told(done)
-    assert found == losses(whole)
+    assert sorted(len(each) for each in found.values()) == [6, 6]
+    for name, each in found.items():  # packed, and never cut off
+        assert each == [(at, pytest.approx(loss, abs=1e-6)) for at, loss in whole[name]]
 
 
 def test_resume_of_an_interrupted_optuna_sweep_keeps_its_number_of_trials(tmp_path):
     config = CONFIG | {
+        "scheduler": "asha",
         "search": "optuna",
         "num_candidates": 4,
         "learning_rate": {"low": 1e-4, "high": 1e-2, "num": 5},
     }
+    shutil.copyfile(FUNCTIONS, tmp_path / "functions.jsonl")
     run = write_config(tmp_path, **config)
     driver = start(tmp_path, "sweep", "sweep.yaml")
     wait_until(lambda: run.exists() and one_ended_one_begun(run), driver)
