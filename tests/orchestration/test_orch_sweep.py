@@ -90,27 +90,17 @@ def close(found: dict[str, list], expected: dict[str, list], within: float) -> b
 
 
 @pytest.mark.slow
-def test_sweep_packed_ends_in_the_numbers_of_solo_on_one_worker_or_two(tmp_path):
+def test_sweep_packed_on_two_workers_ends_in_the_numbers_of_one(tmp_path):
     config = {"lora_rank": [4, 8], "learning_rate": [1e-3, 3e-3], "examples": 64}
     config |= {"scheduler": "fifo", "quantization": "none", "dtype": "fp32"}
-    arms = {
-        "solo": {"engine": "solo"},
-        "packed": {},
-        "two": {"workers_per_trial": 2},
-    }
     found = {}
-    for name, arm in arms.items():
-        run, done = sweep(tmp_path / name, **config, **arm)
+    for count in (1, 2):
+        run, done = sweep(tmp_path, name=f"of{count}", workers_per_trial=count, **config)
         assert done.returncode == 0, told(done)
-        found[name] = losses(run)
-        assert [len(each) for each in found[name].values()] == [5] * 4
-        packs = run / "packs.json"
-        if name == "solo":
-            assert not packs.exists()
-        else:  # trials did share their workers
-            assert json.loads(packs.read_text())["places"] > 1
-    assert close(found["packed"], found["solo"], 1e-5)
-    assert close(found["two"], found["packed"], 1e-5)
+        found[count] = losses(run)
+        assert [len(each) for each in found[count].values()] == [5] * 4
+        assert json.loads((run / "packs.json").read_text())["places"] > 1  # they shared workers
+    assert close(found[2], found[1], 1e-5)
 
 
 @pytest.mark.slow
