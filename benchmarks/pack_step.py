@@ -76,9 +76,8 @@ def main() -> None:
         "ks": args.ks,
         "device_name": _device_name(args),
     }
-    name = f"pack_step-{args.device}-{options.dtype}" + (
-        f"-{args.config.stem}" if args.config else ""
-    )
+    what = args.config.stem if args.config else ".".join(map(str, args.widths))
+    name = f"pack_step-{args.device}-{options.dtype}-{what}"
     write_result(args.results / f"{name}.json", settings, values | {"verdicts": verdicts})
 
 

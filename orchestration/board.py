@@ -62,6 +62,9 @@ class Group:
     commands: list[dict[str, Any]] = field(default_factory=list)
     lost: str = ""
     """Why it will not come back, when it will not."""
+    num_heard: int = 0
+    early: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Events that overtook others on their way, by number."""
 
 
 class Board:
@@ -97,6 +100,8 @@ class Board:
         """A trial wants its evaluation number `index`; asking again changes nothing."""
         self.enlist([(trial, index)])
         entry = self.entries[trial["name"]]
+        if entry.ended is None and entry.group is None and entry not in self.queue:
+            self.queue.append(entry)  # it was put off
         if index > entry.asked:
             entry.asked = index
             if entry.group is not None:
@@ -128,9 +133,14 @@ class Board:
         if entry is None or entry.ended is not None:
             return
         entry.ended = {"status": "stopped", "reason": "stopped by its scheduler"}
-        if entry.group is not None:
-            self.groups[entry.group].commands.append({"kind": "cancel", "trial": name})
-        self._release(entry)
+        self._withdraw(entry)
+
+    def put_off(self, name: str) -> None:
+        """A trial has nobody who will ask for its next evaluation: it would hold its place for ever. It
+        gives the place up, keeps its files, and waits for nothing until it is asked for again."""
+        entry = self.entries.get(name)
+        if entry is not None and entry.ended is None:
+            self._withdraw(entry)
 
     # What groups say
 
@@ -182,6 +192,15 @@ class Board:
         """Whether a group's message is from its living workers."""
         return group in self.groups and self.groups[group].incarnation == incarnation
 
+    def hear_from(self, group: str, number: int, event: dict[str, Any]) -> None:
+        """Event `number` of a group's workers, counted from 0. Events may overtake each other on their way,
+        and a trial's end must not be heard before its last row: what came early waits."""
+        speaker = self.groups[group]
+        speaker.early[number] = event
+        while event := speaker.early.pop(speaker.num_heard, {}):
+            speaker.num_heard += 1
+            self.hear([event])
+
     def hear(self, events: Iterable[dict[str, Any]]) -> None:
         """Rows and ends from a group (see trainers/pack_server.py)."""
         for event in events:
@@ -206,6 +225,11 @@ class Board:
         """Lets every group hold up to so many trials."""
         self.places = places
         self._assign()
+
+    def _withdraw(self, entry: Entry) -> None:
+        if entry.group is not None:
+            self.groups[entry.group].commands.append({"kind": "cancel", "trial": entry.name})
+        self._release(entry)
 
     def _release(self, entry: Entry) -> None:
         if entry in self.queue:

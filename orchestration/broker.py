@@ -9,7 +9,8 @@ from orchestration.board import Board
 class Broker:
     """An async actor; every waiting trial holds one call, so `max_concurrency` must exceed them.
 
-    Calls that wait do so in slices: a caller that was told nothing asks again.
+    Calls that wait do so in slices: a caller that was told nothing asks again. Ray runs the calls of an
+    async actor in any order, also those of one caller that does not wait between them.
     """
 
     def __init__(self, num_groups: int, one_run: bool) -> None:
@@ -39,6 +40,11 @@ class Broker:
         self.board.cancel(name)
         await self._notify()
 
+    async def put_off(self, name: str) -> None:
+        """See Board.put_off."""
+        self.board.put_off(name)
+        await self._notify()
+
     async def begin(self, group: str) -> bool:
         """See Board.begin."""
         may = self.board.begin(group)
@@ -55,10 +61,10 @@ class Broker:
         self.board.lose(group, reason)
         await self._notify()
 
-    async def tell(self, group: str, incarnation: str, events: list[dict[str, Any]]) -> None:
-        """Events of a group; those of workers that are dead by now are dropped."""
+    async def tell(self, group: str, incarnation: str, number: int, event: dict[str, Any]) -> None:
+        """An event of a group (see Board.hear_from); what dead workers said is dropped."""
         if self.board.is_current(group, incarnation):
-            self.board.hear(events)
+            self.board.hear_from(group, number, event)
             await self._notify()
 
     async def commands(self, group: str, incarnation: str, wait_s: float) -> list[dict[str, Any]]:

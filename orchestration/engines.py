@@ -59,7 +59,14 @@ def _packed(plan: Plan, inventory: Inventory, run: RunPaths, progress: Progress)
             {"broker": pool.address},
             # One more than there are places: a freed place is filled without waiting for Tune.
             packs.num_groups * packs.places + 1,
-            partial(Ledger, run, progress, on_end=pool.cancel, check=pool.require_group),
+            partial(
+                Ledger,
+                run,
+                progress,
+                on_end=pool.cancel,
+                on_put_off=pool.put_off,
+                check=pool.require_group,
+            ),
         )
         write_json(run.packs, facts | {"groups": pool.groups()})
 

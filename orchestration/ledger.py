@@ -19,6 +19,7 @@ class Ledger(tune.Callback):
 
     Args:
         on_end: is told of each trial that ended.
+        on_put_off: is told of each trial that never began and will be run later.
         check: called before a trial is tried again or has failed; raises where the sweep as a whole
             cannot go on, so that its trials stay as they are.
     """
@@ -29,10 +30,11 @@ class Ledger(tune.Callback):
         progress: Progress,
         trackers: list[Tracker],
         on_end: Callable[[str], None] = lambda name: None,
+        on_put_off: Callable[[str], None] = lambda name: None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.run, self.progress, self.trackers = run, progress, trackers
-        self.on_end, self.check = on_end, check
+        self.on_end, self.on_put_off, self.check = on_end, on_put_off, check
         self.never_began: list[str] = []
         """Trials that Tune gave up because the actor that they were to reuse had died."""
 
@@ -66,6 +68,7 @@ class Ledger(tune.Callback):
         self.check()
         if trial.num_failures <= trial.max_failures:  # Tune tries again only what was running
             self.never_began.append(trial_name(trial))
+            self.on_put_off(trial_name(trial))
             return
         self._end(trial, "failed", error_line(trial))
 

@@ -153,6 +153,12 @@ class Pool:
         """Ends a trial; its place is free at once."""
         self.broker.cancel.remote(trial)
 
+    def put_off(self, trial: str) -> None:
+        """Frees the place of a trial that nobody asks for now; see Board.put_off."""
+        import ray
+
+        ray.get(self.broker.put_off.remote(trial))  # before it is asked for again
+
 
 def _serve(config: dict[str, Any]) -> None:
     from trainers.worker import serve_worker  # torch is imported in the worker alone

@@ -84,6 +84,7 @@ class BrokerLink:
         self.broker = ray.get_actor(**broker)
         self.group, self.incarnation = group, uuid.uuid4().hex
         self.asked: Any = None
+        self.num_told = 0
 
     def begin(self) -> bool:
         """Says that the group starts; False: it must not."""
@@ -98,7 +99,9 @@ class BrokerLink:
         ray.get(self.broker.hello.remote(self.group, self.incarnation, info | {"pid": os.getpid()}))
 
     def tell(self, event: dict[str, Any]) -> None:
-        self.broker.tell.remote(self.group, self.incarnation, [event])
+        # Numbered: calls that nobody waits for may overtake each other.
+        self.broker.tell.remote(self.group, self.incarnation, self.num_told, event)
+        self.num_told += 1
 
     def commands(self, *, idle: bool) -> list[dict[str, Any]]:
         if self.asked is None:

@@ -318,6 +318,30 @@ def test_row_told_twice_is_one_row():
     assert waiting(board) == []
 
 
+def test_events_that_overtake_each_other_are_heard_in_the_order_in_which_they_were_told():
+    board = board_of("g", "h", places=1)
+    ask_all(board, "a", "b")
+    board.hear_from("g", 1, end_event("a"))
+    board.hear_from("h", 0, row_event("b", 0))
+    assert board.answer("a", 0) is None
+    assert board.answer("b", 0) == {"row": row(0), "last": False}
+    board.hear_from("g", 0, row_event("a", 0, last=True))
+    assert board.answer("a", 0) == {"row": row(0), "last": True}
+    assert placed(board) == {"g": [], "h": ["b"]}
+
+
+def test_events_of_new_workers_are_numbered_from_0_again():
+    board = board_of("g", places=1)
+    ask_all(board, "a")
+    board.hear_from("g", 0, row_event("a", 0))
+    board.hear_from("g", 2, end_event("a"))
+    die(board, "g", "second")
+    board.hear_from("g", 0, row_event("a", 0))
+    assert board.answer("a", 1) is None
+    board.hear_from("g", 1, row_event("a", 1, last=True))
+    assert board.answer("a", 1) == {"row": row(1), "last": True}
+
+
 def test_end_frees_the_place_at_once_and_the_first_end_counts():
     board = board_of("g", places=1)
     ask_all(board, "a", "b")
@@ -376,6 +400,53 @@ def test_cancel_of_what_has_ended_changes_nothing(first):
     board.cancel("a")
     assert told(board, "g") == []
     assert board.answer("a", 0) == answer
+
+
+def test_put_off_gives_the_place_to_the_next_and_waits_to_be_asked_for_again():
+    board = board_of("g", places=1)
+    board.enlist([(trial(name), 0) for name in "abc"])
+    told(board, "g")
+    board.put_off("a")
+    assert told(board, "g") == [("cancel", "a", None), enter("b")]
+    assert waiting(board) == ["c"]
+    board.hear([end_event("b"), end_event("c")])
+    assert placed(board) == {"g": []}
+    ask_all(board, "a", "a")
+    assert told(board, "g") == [enter("c"), enter("a")]
+    assert placed(board) == {"g": ["a"]}
+
+
+def test_put_off_of_a_trial_that_waits_takes_it_out_of_the_line_until_it_is_asked_for():
+    board = board_of("g", places=1)
+    board.enlist([(trial(name), 0) for name in "abc"])
+    told(board, "g")
+    board.put_off("b")
+    assert waiting(board) == ["c"]
+    ask_all(board, "b")
+    assert waiting(board) == ["c", "b"]
+    assert told(board, "g") == []
+
+
+def test_put_off_keeps_the_rows_that_are_there_and_an_end_that_was_on_its_way():
+    board = board_of("g", places=1)
+    board.enlist([(trial("a"), 0)])
+    board.hear([row_event("a", 0)])
+    board.put_off("a")
+    board.hear([end_event("a", "diverged", "NaN")])
+    ask_all(board, "a")
+    assert board.answer("a", 0) == {"row": row(0), "last": False}
+    assert placed(board) == {"g": []}
+
+
+@pytest.mark.parametrize("name", ["nobody", "ended"])
+def test_put_off_of_what_is_not_there_or_has_ended_changes_nothing(name):
+    board = board_of("g", places=1)
+    ask_all(board, "ended", "b")
+    board.hear([end_event("ended")])
+    told(board, "g")
+    board.put_off(name)
+    assert told(board, "g") == []
+    assert placed(board) == {"g": ["b"]}
 
 
 def test_cancel_of_a_trial_that_never_asked_changes_nothing():
@@ -631,6 +702,7 @@ class Sweep:
         self.places = self.rng.randint(1, 4)
         self.board.open(self.places)
         self.incarnations = 0
+        self.put_off: set[str] = set()
 
     def _kind(self) -> dict:
         other = [{"base": BASE | {"model": "another"}}, {"full": True}]
@@ -640,6 +712,7 @@ class Sweep:
         """Something happens."""
         events: list[Callable[[], None]] = [self._ask] * 6 + [self._worker_speaks] * 6
         events += [self._cancel, self._take, self._take, self._group_starts, self._group_starts]
+        events += [self._put_off]
         if self.rng.random() < 0.02:
             events = [self._lose]
         self.rng.choice(events)()
@@ -649,6 +722,13 @@ class Sweep:
         entry = self.board.entries.get(name)
         index = entry.asked + self.rng.randint(0, 1) if entry else 0
         self.board.ask(trial(name, **self.kinds[name]), index)
+        self.put_off.discard(name)
+
+    def _put_off(self) -> None:
+        name = self.rng.choice(self.names)
+        self.board.put_off(name)
+        if name in self.board.entries:
+            self.put_off.add(name)
 
     def _cancel(self) -> None:
         self.board.cancel(self.rng.choice(self.names))
@@ -693,7 +773,8 @@ class Sweep:
         inside = [entry.name for entry in self._inside()]
         queue = waiting(self.board)
         ended = [name for name, entry in self.board.entries.items() if entry.ended]
-        assert sorted(inside + queue + ended) == sorted(self.board.entries)
+        idle = [name for name in self.put_off if name not in ended]
+        assert sorted(inside + queue + ended + idle) == sorted(self.board.entries)
         self._check_that_nobody_waits_in_vain()
 
     def _sort(self, name: str) -> str:
