@@ -58,6 +58,11 @@ def make_trainer(config: dict[str, Any]) -> Any:
             bnb_4bit_compute_dtype=torch.float32,
         ),
     )
+    # Without this, bitsandbytes packs the weights at the first evaluation on a CPU with AVX512-BF16, and
+    # its operator for packed ones has no backward pass: what is trained after that is wrong.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     rows = load_dataset("json", data_files={"train": config["train"], "eval": config["eval"]})
     trainer = SFTTrainer(
         model=model,

@@ -100,7 +100,31 @@ def load_base(spec: BaseSpec, device: torch.device | None = None) -> PreTrainedM
         )
     if spec.quantization == "nf4" and spec.keep_dequantized:
         dequantize(model, dtype)
+    elif spec.quantization == "nf4":
+        _require_gradients(model, dtype)
     return model
+
+
+def _require_gradients(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Makes sure that a forward without gradients does not end the gradients of those after it.
+
+    On a CPU with AVX512-BF16, bitsandbytes (seen in 0.50) packs a 4-bit weight anew at its first forward
+    without gradients, and from then on multiplies in bf16 by an operator that has no backward pass:
+    whoever evaluates before or while he trains loses every gradient through the base, with no error.
+
+    Raises:
+        ValueError: it still does so.
+    """
+    layers: list[Any] = [model.get_submodule(name) for name in nf4_layer_names(model)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    x = torch.ones(1, layers[0].in_features, dtype=dtype, device=layers[0].weight.device)
+    with torch.no_grad():
+        layers[0](x)
+    if layers[0](x.requires_grad_()).grad_fn is None:
+        raise ValueError(
+            "bitsandbytes gives no gradients through 4-bit layers on this CPU; set quantization: none"
+        )
 
 
 class DequantizedLinear(nn.Linear):

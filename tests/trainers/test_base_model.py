@@ -50,6 +50,33 @@ def test_dequantized_base_gives_the_logits_of_bitsandbytes():
         assert (full(input_ids=IDS).logits - kept[0]).abs().max() > 0.01
 
 
+def test_4bit_base_gives_gradients_after_an_evaluation_on_every_cpu(monkeypatch):
+    # Of CPUs with AVX512-BF16 bitsandbytes packs the weights at the first forward without gradients.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    model = nf4_base(keep_dequantized=False)
+    embeddings = model.get_input_embeddings()(IDS)
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+    logits = model(inputs_embeds=embeddings.requires_grad_()).logits
+    logits.logsumexp(-1).sum().backward()
+    through_layers = embeddings.grad
+    plain = nf4_base(keep_dequantized=True)
+    embeddings = embeddings.detach().clone().requires_grad_()
+    plain(inputs_embeds=embeddings).logits.logsumexp(-1).sum().backward()
+    assert torch.equal(before, logits)
+    atol = 1e-5 * float(embeddings.grad.abs().max())
+    torch.testing.assert_close(through_layers, embeddings.grad, atol=atol, rtol=0)
+
+
+def test_4bit_base_without_gradients_is_refused(monkeypatch):
+    def without_backward(self, x):
+        return x.detach() @ torch.ones(self.in_features, self.out_features)
+
+    monkeypatch.setattr("bitsandbytes.nn.Linear4bit.forward", without_backward)
+    with pytest.raises(ValueError, match="no gradients through 4-bit layers on this CPU; set"):
+        nf4_base(keep_dequantized=False)
+
+
 def test_dequantized_base_gives_adapters_the_gradients_of_bitsandbytes():
     kept, packed = logits_and_gradients(True), logits_and_gradients(False)
     assert len(kept[2]) == 2 * 29

@@ -84,7 +84,8 @@ def test_eval_losses_of_a_family_that_scales_its_logits_are_those_of_its_forward
     check_head(pack)
     source = RowSource(held_out, 0, CPU)
     trainer = Trainer(pack, source, source, limits=ForwardLimits(max_tokens=50))
-    assert trainer.eval_losses(None)[0] == pytest.approx(expected, abs=1e-9)
+    # The norms of these families work in float32, whose rounding depends on a batch's shape.
+    assert trainer.eval_losses(None)[0] == pytest.approx(expected, abs=1e-6)
 
 
 class Shifted(LlamaForCausalLM):
