@@ -50,7 +50,9 @@ def cpu_name() -> str:
     threefold in how fast they multiply."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    facts = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
     flags = facts.get("flags", "").split()
     widest = next((f" ({word})" for flag, word in WIDEST if flag in flags), "")
     return facts.get("model name", "unknown CPU") + widest
