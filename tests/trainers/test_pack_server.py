@@ -222,6 +222,18 @@ def test_server_cancelled_while_it_waits_is_gone(make):
     assert len(link.told) == 1
 
 
+def test_server_cancelled_trial_that_enters_again_goes_on_from_what_it_wrote(make, alone):
+    spec = make("a")
+    # It was put off: the board's next `enter` may come in the same list as the `cancel`.
+    link = FakeLink([enter(spec, 0)], [cancel(spec), enter(spec, 0)], [allow(spec, 2)])
+    serve(link)
+    first, again, *_ = [told.event for told in link.told]
+    assert first == again  # what is on disk is told again
+    assert [told.event.get("index") for told in link.told] == [0, 0, 1, 2, None]
+    assert numbers(read_json_lines(TrialPaths(spec.folder).metrics)) == alone(spec)
+    assert link.end(spec)["status"] == "finished"
+
+
 @pytest.mark.parametrize("target", [("no_such_proj",), ("experts",)])
 def test_server_target_that_the_model_does_not_have_fails_that_trial_alone(
     make, alone, target, fp64
