@@ -236,9 +236,8 @@ def demo_rows(seq_len: int) -> TokenizedSet:
 
 def peak_cell(cell: Cell, k: int, options: Options) -> dict[str, Any]:
     """Peak bytes of a fresh process that makes a few steps of K adapters."""
-    bench_of(
-        cell, options
-    )  # sizes the forward here: the cell's own process would count what that took
+    # Sizes the forward here: the cell's own process would count what that took.
+    bench_of(cell, options)
     asked = {"cell": vars(cell), "k": k, "options": vars(options) | {"work": str(options.work)}}
     command = [sys.executable, str(ROOT / "benchmarks" / "step_cells.py"), json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -64,11 +64,13 @@ def told(done: subprocess.CompletedProcess[str]) -> str:
     return f"exit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    """Waits for a state of a running sweep."""
+def wait_until(
+    condition: Callable[[], object], process: subprocess.Popen[str] | None = None
+) -> None:
+    """Waits for a state of a running sweep: that of a process, which must live, or this process's own."""
     deadline = time.monotonic() + TIMEOUT_S
     while not condition():
-        assert process.poll() is None, told(ended(process))
+        assert process is None or process.poll() is None, process and told(ended(process))
         assert time.monotonic() < deadline, "the sweep never came to the awaited state"
         time.sleep(0.1)
 

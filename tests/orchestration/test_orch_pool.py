@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from orchestration.rungs import RungLedger
 from orchestration.schedulers import make_scheduler
 from orchestration.searchers import ListSearcher
 from orchestration.thin import ThinTrial
+from tests.orchestration.sweeps import wait_until
 from trainers.paths import RunPaths, read_json, write_json, write_json_lines
 
 pytestmark = pytest.mark.ray
@@ -258,9 +258,7 @@ def test_pool_worker_killed_its_trials_go_on_and_end(run, one_run):
     with pool_of(run, 2, serve_constant, one_run=one_run) as pool:
         killer = run_sweep(run, pool, 2, kind="fifo", at=(3.0, 2), who="worker", max_concurrent=5)
         # The others may have done all the work before it is back.
-        deadline = time.monotonic() + 60
-        while pool.groups()["group-0"]["pid"] in killer.killed and time.monotonic() < deadline:
-            time.sleep(0.2)
+        wait_until(lambda: pool.groups()["group-0"]["pid"] not in killer.killed)
         after = pool.groups()["group-0"]["pid"]
     assert len(killer.killed) == 1
     assert after not in killer.killed

@@ -70,8 +70,11 @@ def mean_nats(logits_of, rows: Rows) -> float:
     return sum(nats) / len(nats)
 
 
-@pytest.mark.parametrize("family", [gemma2, cohere, cohere2, granite])
-def test_eval_losses_of_a_family_that_scales_its_logits_are_those_of_its_forward(family):
+# Gemma 2 sums a row's attention in float32, and with AVX-512 in an order that depends on the padding.
+@pytest.mark.parametrize(
+    ("family", "atol"), [(gemma2, 1e-7), (cohere, 1e-9), (cohere2, 1e-9), (granite, 1e-9)]
+)
+def test_eval_losses_of_a_family_that_scales_its_logits_are_those_of_its_forward(family, atol):
     model, held_out = built(family), random_rows(5, seed=1)
     with torch.no_grad():
         expected = mean_nats(lambda ids: model(input_ids=ids).logits, held_out)
@@ -84,8 +87,7 @@ def test_eval_losses_of_a_family_that_scales_its_logits_are_those_of_its_forward
     check_head(pack)
     source = RowSource(held_out, 0, CPU)
     trainer = Trainer(pack, source, source, limits=ForwardLimits(max_tokens=50))
-    # The norms of these families work in float32, whose rounding depends on a batch's shape.
-    assert trainer.eval_losses(None)[0] == pytest.approx(expected, abs=1e-6)
+    assert trainer.eval_losses(None)[0] == pytest.approx(expected, abs=atol)
 
 
 class Shifted(LlamaForCausalLM):
