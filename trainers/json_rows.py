@@ -1,25 +1,28 @@
-"""Rows of jsonl, json and csv files, read with the standard library so that text stays text.
+"""Rows of JSON text, one object a line, decoded so that text stays text and nothing is lost.
 
-Accepted: UTF-8 with or without byte order mark, LF or CRLF, gzip. A JSON number keeps its source
-text (`1.50` in a text column trains "1.50"); an object with the same key twice is refused.
+A JSON number keeps its source text (`1.50` in a text column trains "1.50"). What a row holds but
+nothing can use (NaN, a key that stands twice, an integer too long, half a character) makes the row
+bad only where its column is used: an `Unusable` stands for it, and the row is `SuspectColumns`.
 """
 
-import csv
-import gzip
 import json
-import re
-import sys
-import zlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from trainers.records import BadRows, DataError, Origin, Record, RowError
+from trainers.records import (
+    BadRows,
+    DataFile,
+    Origin,
+    Record,
+    RowError,
+    SuspectColumns,
+    Unusable,
+    fault_in,
+    printable,
+)
+from trainers.text_files import decoded_line, file_lines
 
-BOM = b"\xef\xbb\xbf"
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-SPACE = re.compile(r"[ \t\r\n]*")
-ROW_LIST_KEYS = ("data", "rows", "train")
+JSON_KINDS = (list, str, bool, int, float)
 
 
 class SourceInt(int):
@@ -34,226 +37,125 @@ class SourceFloat(float):
     source: str
 
 
-def _source_int(text: str) -> SourceInt:
-    try:
-        number = SourceInt(text)
-    except ValueError as error:  # Python refuses integers of more than 4,300 digits
-        raise RowError(f"holds an integer of {len(text)} digits; write it as a string") from error
-    number.source = text
-    return number
-
-
 def _source_float(text: str) -> SourceFloat:
     number = SourceFloat(text)
     number.source = text
     return number
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise RowError(f"{name} is not JSON; write a number, a string or null")
+class RowDecoder:
+    """Decodes JSON, and remembers whether an `Unusable` had to stand in for a value.
 
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise RowError(f'key "{twice}" stands twice in one object; keep one')
-    return values
-
-
-DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique_keys,
-    parse_int=_source_int,
-    parse_float=_source_float,
-    parse_constant=_no_constant,
-)
-
-
-def file_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Line numbers (from 1) and raw lines, without byte order mark, unpacked where the name ends
-    in .gz.
-
-    Raises: DataError: UTF-16, binary, or damaged gzip.
+    Args: has_marked: whether one stood in since the owner set it to False.
     """
-    try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                yield number, _checked_first(path, line) if number == 1 else line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: not a whole gzip file: {error}") from error
 
+    def __init__(self) -> None:
+        self.has_marked = False
+        # These four leave decoding to json's C scanner; per row they cost a few per cent of it.
+        self._json = json.JSONDecoder(
+            object_pairs_hook=self._object,
+            parse_int=self._integer,
+            parse_float=_source_float,
+            parse_constant=self._constant,
+        )
 
-def _checked_first(path: Path, line: bytes) -> bytes:
-    if line.startswith(UTF16_MARKS) or b"\0" in line[:64]:
-        raise DataError(f"{path}:1: must be UTF-8 text, is UTF-16 or binary; save it as UTF-8")
-    return line.removeprefix(BOM)
-
-
-def _decoded(line: bytes) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = line[error.start]
-        raise RowError(
-            f"must be UTF-8, has byte 0x{byte:02X} at column {error.start + 1}; save the file as"
-            " UTF-8"
-        ) from error
-
-
-def _checked_row(value: Any, source: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RowError(f"must be a JSON object, is {type(value).__name__}")
-    if "\\ud" in source or "\\uD" in source:  # only an escape can bring a lone surrogate in
+    def columns(self, text: str) -> dict[str, Any]:
+        """The columns of a row that is the whole text. Raises: RowError: not a JSON object."""
+        self.has_marked = False
         try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError as error:
-            code = ord(error.object[error.start])
-            raise RowError(
-                f"has half a character (lone surrogate \\u{code:04x}); text must be Unicode"
-            ) from error
+            value = self._json.decode(text)
+        except json.JSONDecodeError as error:
+            raise RowError(f"not valid JSON: {error.msg} (column {error.colno})") from error
+        except RecursionError as error:
+            raise _too_deep() from error
+        return as_columns(value, is_suspect=self.has_marked or has_surrogate_escape(text))
+
+    def value_at(self, text: str, index: int) -> tuple[Any, int]:
+        """The value that begins at an index, and the index behind it.
+
+        Raises: RowError: nested too deeply. json.JSONDecodeError: not JSON.
+        """
+        try:
+            return self._json.raw_decode(text, index)
+        except RecursionError as error:
+            raise _too_deep() from error
+
+    def _marked(self, reason: str) -> Unusable:
+        self.has_marked = True
+        return Unusable(reason)
+
+    def _constant(self, name: str) -> Unusable:
+        return self._marked(f"{name} is not JSON; write a number, a string or null")
+
+    def _integer(self, text: str) -> SourceInt | Unusable:
+        try:
+            number = SourceInt(text)
+        except ValueError:  # Python refuses integers of more than 4,300 digits
+            return self._marked(f"holds an integer of {len(text)} digits; write it as a string")
+        number.source = text
+        return number
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            seen: set[str] = set()
+            for name, _ in pairs:
+                if name in seen:
+                    values[name] = self._marked(
+                        f'key "{printable(name)}" stands twice in one object; keep one'
+                    )
+                seen.add(name)
+        return values
+
+
+def _too_deep() -> RowError:
+    return RowError("is nested too deeply to be read; write the nested part as a string")
+
+
+def has_surrogate_escape(text: str, start: int = 0, end: int | None = None) -> bool:
+    """Whether half a character can be in a JSON text: only an escape can bring one in, as UTF-8
+    has none. Pairs of them are common and harmless."""
+    return text.find("\\ud", start, end) >= 0 or text.find("\\uD", start, end) >= 0
+
+
+def as_columns(value: Any, *, is_suspect: bool) -> dict[str, Any]:
+    """A row's columns. Raises: RowError: not an object."""
+    if isinstance(value, dict):
+        return SuspectColumns(value) if is_suspect else value
+    if isinstance(value, Unusable):
+        raise RowError(value.reason)
+    kind = next((kind.__name__ for kind in JSON_KINDS if isinstance(value, kind)), "null")
+    raise RowError(f"must be a JSON object, is {kind}")
+
+
+def strict_json(text: str) -> Any:
+    """The value of a JSON text that stands in a column (messages or tools in csv).
+
+    Raises: RowError: not JSON, or it holds what cannot be used.
+    """
+    decoder = RowDecoder()
+    try:
+        value, end = decoder.value_at(text, len(text) - len(text.lstrip()))
+        if text[end:].strip():
+            raise json.JSONDecodeError("Extra data", text, end)
+    except json.JSONDecodeError as error:
+        raise RowError(f"must be JSON: {error.msg} (column {error.colno})") from error
+    reason = fault_in(value)
+    if reason:
+        raise RowError(reason)
     return value
 
 
-def _json_row(text: str) -> dict[str, Any]:
-    try:
-        return _checked_row(DECODER.decode(text), text)
-    except json.JSONDecodeError as error:
-        raise RowError(f"not valid JSON: {error.msg} (column {error.colno})") from error
-
-
-def read_json_lines(path: Path, bad: BadRows) -> Iterator[Record]:
+def read_json_lines(file: DataFile, bad: BadRows) -> Iterator[Record]:
     """One object a line; blank lines are skipped, lines that cannot be used go to `bad`."""
-    for number, line in file_lines(path):
-        if not line.strip():
+    decoder = RowDecoder()
+    for number, line in file_lines(file):
+        if line.isspace():
             continue
-        origin = Origin(str(path), number)
+        origin = Origin(file.name, number)
         try:
-            columns = _json_row(_decoded(line))
+            columns = decoder.columns(decoded_line(line))
         except RowError as error:
             bad.add(origin, str(error))
             continue
         yield Record(columns, origin)
-
-
-def read_json(path: Path, bad: BadRows) -> Iterator[Record]:
-    """An array of objects, one object that holds such an array under "data" (or "rows", "train"),
-    a single object, or, as many .json files are, one object a line.
-
-    The whole text is held in memory; use jsonl for files that do not fit.
-    """
-    text = _whole_text(path)
-    start = len(text) - len(text.lstrip())
-    if text[start : start + 1] == "[":
-        return _array_rows(path, text, start + 1)
-    value, end = _value_at(path, text, start, line=text.count("\n", 0, start) + 1)
-    if text[end:].strip():
-        return read_json_lines(path, bad)
-    return _object_rows(path, value, text, bad)
-
-
-def _whole_text(path: Path) -> str:
-    pieces = []
-    for number, line in file_lines(path):
-        try:
-            pieces.append(_decoded(line))
-        except RowError as error:
-            raise DataError(f"{path}:{number}: {error}") from error
-    text = "".join(pieces)
-    if not text.strip():
-        raise DataError(f"{path}: must hold rows, is blank")
-    return text
-
-
-def _value_at(path: Path, text: str, index: int, *, line: int) -> tuple[Any, int]:
-    try:
-        return DECODER.raw_decode(text, index)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
-        ) from error
-    except RowError as error:
-        raise DataError(f"{path}:{line}: {error}") from error
-
-
-def _array_rows(path: Path, text: str, index: int) -> Iterator[Record]:
-    line, counted = 1, 0
-    while True:
-        index = _skip_space(text, index)
-        line, counted = line + text.count("\n", counted, index), index
-        if text[index : index + 1] == "]":
-            break
-        value, end = _value_at(path, text, index, line=line)
-        try:
-            row = _checked_row(value, text[index:end])
-        except RowError as error:
-            raise DataError(f"{path}:{line}: {error}") from error
-        yield Record(row, Origin(str(path), line))
-        index = _skip_space(text, end)
-        if text[index : index + 1] == ",":
-            index += 1
-        elif text[index : index + 1] != "]":
-            line += text.count("\n", counted, index)
-            raise DataError(
-                f"{path}:{line}: not valid JSON: the array must go on with , or end with ]"
-            )
-    if text[index + 1 :].strip():
-        raise DataError(f"{path}:{line}: not valid JSON: text after the array's end")
-
-
-def _skip_space(text: str, index: int) -> int:
-    match = SPACE.match(text, index)
-    return match.end() if match else index
-
-
-def _object_rows(path: Path, value: Any, text: str, bad: BadRows) -> Iterator[Record]:
-    key = next(
-        (k for k in ROW_LIST_KEYS if isinstance(value, dict) and isinstance(value.get(k), list)),
-        None,
-    )
-    rows, unit = (value[key], f"{key} element") if key else ([value], "line")
-    for number, row in enumerate(rows, start=1):
-        origin = Origin(str(path), number, unit)
-        try:
-            yield Record(_checked_row(row, text), origin)
-        except RowError as error:
-            bad.add(origin, str(error))
-
-
-def read_csv(path: Path, delimiter: str, bad: BadRows) -> Iterator[Record]:
-    """Rows under a header line; every value is text. Quoting as RFC 4180, errors are errors."""
-    # The limit of 128 KiB a field is the csv module's own and process-wide; documents are longer.
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(_csv_lines(path), delimiter=delimiter, strict=True)
-    header = _csv_header(path, reader)
-    while True:
-        # A quoted field may span lines: a row is named by its first.
-        origin = Origin(str(path), reader.line_num + 1)
-        try:
-            values = next(reader, None)
-        except csv.Error as error:
-            raise DataError(f"{origin}: not valid CSV: {error}") from error
-        if values is None:
-            return
-        if len(values) == len(header):
-            yield Record(dict(zip(header, values, strict=True)), origin)
-        elif values:
-            bad.add(origin, f"must have {len(header)} fields as the header has, has {len(values)}")
-
-
-def _csv_lines(path: Path) -> Iterator[str]:
-    for number, line in file_lines(path):
-        try:
-            yield _decoded(line)
-        except RowError as error:
-            raise DataError(f"{path}:{number}: {error}") from error
-
-
-def _csv_header(path: Path, reader: Any) -> list[str]:
-    header = next(reader, None)
-    if not header:
-        raise DataError(f"{path}:1: must begin with a header line that names the columns")
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise DataError(f"{path}:1: column names must differ, {twice[0]!r} stands twice")
-    return header

@@ -1,6 +1,7 @@
 """A row as it was read, the place it came from, and the list of those that cannot be used."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 NUM_SHOWN = 5
@@ -12,6 +13,31 @@ class DataError(ValueError):
 
 class RowError(ValueError):
     """Why one row cannot be used, without its place; whoever knows the place adds it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file on this machine, and the name that people know it by, whose end says what it holds
+    (a download's own name may say nothing)."""
+
+    path: Path
+    name: str
+
+    @property
+    def is_gzip(self) -> bool:
+        return self.name.lower().endswith(".gz")
+
+
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """Stands in a row for a value that nothing can use; it matters only where it is used."""
+
+    reason: str
+
+
+class SuspectColumns(dict[str, Any]):
+    """A row's columns among which an `Unusable` or half a character may stand, at any depth. The
+    rows of any other dict need no look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +90,26 @@ class BadRows:
         raise DataError(f"{self.num_rows} bad rows: {'; '.join(self.shown)}{more}")
 
 
-def drop_nested_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """The row without the nulls that Arrow puts into nested objects.
+def fault_in(value: Any) -> str | None:
+    """Why a value cannot be used, at whatever depth the fault stands; None where it can."""
+    waiting = [value]  # not recursive: a row may be nested as deeply as the decoder goes
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Unusable):
+            return item.reason
+        if isinstance(item, str) and not item.isascii():
+            try:
+                item.encode("utf-8")
+            except UnicodeEncodeError as error:
+                code = ord(item[error.start])
+                return f"has half a character (lone surrogate \\u{code:04x}); text must be Unicode"
+        elif isinstance(item, dict):
+            waiting += (*item.keys(), *item.values())
+        elif isinstance(item, list):
+            waiting += item
+    return None
 
-    A struct column has the union of all rows' keys, so that every tool call would show the
-    arguments of all tools as null (field case A16). A null in a column itself is kept: it is the
-    row's own.
-    """
-    return {name: _without_nulls(value) for name, value in row.items()}
 
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
+def printable(name: str) -> str:
+    """A column's name on one line, whatever it holds."""
+    return name if name.isprintable() else name.encode("unicode_escape").decode()

@@ -12,7 +12,8 @@
 The shape is that of a source's first row; `format` overrides it. A row that differs is a bad row.
 Prompt and completion are joined as they are, nothing is put between them. A JSON number or boolean
 in a text column is text exactly as the file writes it; null is the empty text in a completion, an
-output, an input or a content, and an error in a prompt or a text.
+output, an input or a content, and an error in a prompt or a text. What cannot be used (NaN, a key
+that stands twice, half a character) is an error only in a column that the shape uses.
 """
 
 import hashlib
@@ -22,7 +23,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainers.messages import ChatRow, chat_row, plain_text
-from trainers.records import DataError, Origin, RowError
+from trainers.records import (
+    DataError,
+    Origin,
+    RowError,
+    SuspectColumns,
+    Unusable,
+    fault_in,
+    printable,
+)
 
 FORMATS = ("messages", "sharegpt", "alpaca", "completion", "text")
 KNOWN_PAIRS = (
@@ -47,6 +56,7 @@ CHAT_COLUMNS = ("messages", "conversations")
 KNOWN_COLUMNS = frozenset(
     (*ROLES, *CHAT_COLUMNS, "history", *(name for pair in KNOWN_PAIRS for name in pair))
 )
+NUM_NAMED = 20
 SHAPES_HELP = (
     "text; prompt + completion (or question + answer, query + response, prompt + response,"
     " input + output); messages; conversations; instruction + output"
@@ -138,6 +148,9 @@ def detect_shape(
         raise DataError(f"{origin}: columns names {missing[0]!r}, found {_names(columns)}")
     roles = _roles(columns, column_map)
     found = format_name or _format_of(columns, roles)
+    if found is None and "conversations" in columns:
+        # Not a list in this row alone, perhaps: then this row is bad, and not the whole source.
+        roles["messages"], found = "conversations", "sharegpt"
     if found is None or not _needed(found) <= roles.keys():
         asked = (
             f"format {found} needs {' + '.join(sorted(_needed(found)))}"
@@ -145,7 +158,7 @@ def detect_shape(
             else "no known row shape"
         )
         raise DataError(
-            f"{origin}: {asked}, found columns {_names(columns)};"
+            f"{origin}: {asked}, found columns {_names(columns)}{_first_fault(columns)};"
             f" known are {SHAPES_HELP}; or map them, e.g. columns:"
             f" {{prompt: question, completion: answer}}"
         )
@@ -155,7 +168,14 @@ def detect_shape(
 
 
 def _names(columns: Iterable[str]) -> str:
-    return ", ".join(columns) or "none"
+    names = [printable(name) for name in columns]
+    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+    return (", ".join(names[:NUM_NAMED]) or "none") + more
+
+
+def _first_fault(columns: Mapping[str, Any]) -> str:
+    reasons = (value.reason for value in columns.values() if isinstance(value, Unusable))
+    return next((f" ({reason})" for reason in reasons), "")
 
 
 def _needed(format_name: str) -> set[str]:
@@ -209,6 +229,10 @@ def normalised_row(columns: Mapping[str, Any], shape: RowShape) -> Row:
     Raises: RowError: it does not have its source's shape, or a value that cannot be trained.
     """
     values = {role: columns.get(column) for role, column in shape.columns}
+    if isinstance(columns, SuspectColumns):
+        reason = next(filter(None, map(fault_in, values.values())), None)
+        if reason:
+            raise RowError(reason)
     absent = [
         column
         for role, column in shape.columns

@@ -3,20 +3,38 @@
 json, jsonl and csv are read here, with the standard library, and not through `datasets`: its Arrow
 readers retype text (an answer "1" becomes the number 1, "2024-01-02" a timestamp; field case A21),
 disagree with Python on duplicate keys (A20), and lose the line number that an error needs (A19).
-Text stays text, byte for byte. Parquet is read with pyarrow, and saved datasets and hub ids through
-`datasets`: they carry their types with them. Those two are imported only when such data is read.
+Text stays text, byte for byte, also in the files of a hub dataset. Parquet is read with pyarrow,
+and saved datasets through `datasets`: they carry their types with them. Those two are imported only
+when such data is read.
 """
 
+import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainers.records import BadRows, DataError, Origin, Record, drop_nested_nulls
+from trainers.records import BadRows, DataError, DataFile, Record
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 ACCEPTED = "jsonl, json, csv, tsv (each also .gz) or parquet"
+# Kinds that are met often and not read, and what to do about them.
+ADVICE = {
+    ".txt": 'a text file says not where a document ends: write it as jsonl, {"text": ...} a line',
+    ".md": 'write it as jsonl, {"text": ...} a line',
+    ".arrow": "give the folder that save_to_disk wrote, or write it as parquet",
+    ".feather": "write it as parquet",
+    ".xlsx": "save it as csv (UTF-8)",
+    ".pkl": "write it as jsonl or parquet",
+    ".yaml": "write it as jsonl",
+    ".parquet.gz": "parquet is packed within; unpack the gzip",
+    ".tar.gz": "unpack it and give the folder",
+    **dict.fromkeys((".zst", ".xz", ".bz2", ".lz4", ".7z"), "unpack it, or pack it with gzip"),
+    **dict.fromkeys((".zip", ".tar", ".tgz"), "unpack it and give the folder"),
+}
+PACKED = re.compile(r"(?i)\.(jsonl|ndjson|json|csv|tsv|parquet)\.(zst|xz|bz2|lz4|zip|7z)$")
 # Files that describe a dataset folder rather than hold its rows.
 DESCRIPTIONS = frozenset(
     {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -24,7 +42,6 @@ DESCRIPTIONS = frozenset(
 HELD_OUT_NAME = re.compile(r"(?i)^(validation|valid|val|dev|test|eval)([-_.]|$)")
 TRAIN_NAME = re.compile(r"(?i)^train([-_.]|$)")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?$")
-PARQUET_ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,30 +62,64 @@ class Source:
 def resolve_source(data: str | Path, revision: str | None = None) -> Source:
     """The source that a file, folder or hub id names.
 
-    Raises: DataError: nothing there, an unknown kind of file, or a folder without data files.
+    Raises: DataError: nothing there, no permission, an unknown kind of file, or a folder without
+        data files.
     """
     path = Path(data).expanduser()
-    if path.is_file():
-        data_suffix(path)
-        return Source(files=(path,))
-    if path.is_dir():
-        return _folder_source(path)
-    if HUB_ID.match(str(data)) and not _suffix(path):
+    try:
+        if path.is_dir():
+            return _folder_source(path)
+        if path.exists() or path.is_symlink():
+            _check_file(path)
+            return Source(files=(path,))
+    except OSError as error:
+        place = error.filename or path
+        raise DataError(f"data cannot be read: {place}: {error.strerror or error}") from error
+    if HUB_ID.match(str(data)) and not file_suffix(path.name):
         return Source(hub_id=str(data), revision=revision)
     raise DataError(
         f"data must be a file, a folder or a hub id (owner/name), found nothing at {data}"
     )
 
 
+def _check_file(path: Path) -> None:
+    """Raises: DataError: not a file of a kind that is read."""
+    if not path.exists():
+        raise DataError(f"{path}: must be a file, is a link to nothing")
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DataError(
+            f"{path}: must be a file, is a pipe or device, which can be read only once; write it"
+            " to a file"
+        )
+    data_suffix(path)
+
+
 def _folder_source(folder: Path) -> Source:
     if (folder / "dataset_dict.json").exists():
-        return Source(saved=folder / "train")
+        return _saved_split(folder)
     if (folder / "state.json").exists() and (folder / "dataset_info.json").exists():
         return Source(saved=folder)
-    files = [path for path in sorted(folder.rglob("*")) if _is_data_file(path, folder)]
+    found = _visible_files(folder)
+    files = [path for path in found if file_suffix(path.name) or PACKED.search(path.name)]
     if not files:
-        raise DataError(f"a data folder must hold {ACCEPTED} files, found none in {folder}")
+        others = ", ".join(path.name for path in found[:5])
+        raise DataError(
+            f"a data folder must hold {ACCEPTED} files, found none in {folder}"
+            + (f", only {others}" if others else "")
+        )
+    for path in files:  # none is left out in silence
+        _check_file(path)
     return _train_files(files, folder)
+
+
+def _saved_split(folder: Path) -> Source:
+    if not (folder / "train").is_dir():
+        names = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+        raise DataError(
+            f"{folder}: a saved dataset must have a train split, has {names or 'none'}; give the"
+            " split's folder"
+        )
+    return Source(saved=folder / "train")
 
 
 def _train_files(files: list[Path], folder: Path) -> Source:
@@ -84,14 +135,32 @@ def _train_files(files: list[Path], folder: Path) -> Source:
     return Source(files=tuple(kept), ignored=tuple(f for f in files if f not in kept))
 
 
-def _is_data_file(path: Path, folder: Path) -> bool:
-    hidden = any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
-    return path.is_file() and not hidden and bool(_suffix(path)) and path.name not in DESCRIPTIONS
+def _visible_files(folder: Path) -> list[Path]:
+    """All files below, by path, without hidden ones, those of hidden folders, and descriptions.
+
+    Raises: OSError: a folder below cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        found += [Path(parent, name) for name in names if not _is_hidden(name)]
+    return sorted(path for path in found if path.name not in DESCRIPTIONS)
 
 
-def _suffix(path: Path) -> str:
-    name = path.name.lower().removesuffix(".gz")
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
+
+
+def file_suffix(name: str) -> str:
+    """The kind of a data file by its name, without .gz; empty for a kind that is not read."""
+    name = name.lower()
+    plain = name.removesuffix(".gz")
+    kinds = SUFFIXES if plain == name else SUFFIXES[:-1]  # parquet is packed within
+    return next((suffix for suffix in kinds if plain.endswith(suffix)), "")
 
 
 def data_suffix(path: Path) -> str:
@@ -99,10 +168,13 @@ def data_suffix(path: Path) -> str:
 
     Raises: DataError: not a kind that is read.
     """
-    suffix = _suffix(path)
+    suffix = file_suffix(path.name)
     if not suffix:
+        name = path.name.lower()
+        advice = next((text for end, text in ADVICE.items() if name.endswith(end)), None)
         raise DataError(
-            f"{path}: data must be {ACCEPTED}, by the file's suffix; rename or convert it"
+            f"{path}: data must be {ACCEPTED}, by the file's suffix;"
+            f" {advice or 'rename or convert it'}"
         )
     return suffix
 
@@ -115,56 +187,54 @@ def read_records(source: Source, wanted: frozenset[str], bad: BadRows) -> Iterat
     Raises: DataError: a file that cannot be read as a whole (encoding, empty, broken array).
     """
     if source.hub_id is not None:
-        yield from read_hub(source.hub_id, source.revision)
+        yield from read_hub(source.hub_id, source.revision, wanted, bad)
     if source.saved is not None:
-        yield from _read_saved(source.saved)
+        from trainers.arrow_rows import read_saved
+
+        yield from read_saved(source.saved)
     for path in source.files:
-        yield from _read_file(path, wanted, bad)
+        yield from read_file(DataFile(path, str(path)), wanted, bad)
 
 
-def _read_file(path: Path, wanted: frozenset[str], bad: BadRows) -> Iterator[Record]:
-    from trainers.json_rows import read_csv, read_json, read_json_lines
-
-    suffix = data_suffix(path)
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: must hold rows, is empty (0 bytes)")
+def read_file(file: DataFile, wanted: frozenset[str], bad: BadRows) -> Iterator[Record]:
+    """All rows of one file, by the kind that its name says. Raises: DataError: as read_records."""
+    suffix = file_suffix(file.name)
+    try:
+        if file.path.stat().st_size == 0:
+            raise DataError(f"{file.name}: must hold rows, is empty (0 bytes)")
+    except OSError as error:
+        raise DataError(f"{file.name}: cannot be read: {error.strerror or error}") from error
     if suffix == ".parquet":
-        return _read_parquet(path, wanted)
+        from trainers.arrow_rows import read_parquet
+
+        return read_parquet(file, wanted)
     if suffix in (".csv", ".tsv"):
-        return read_csv(path, "\t" if suffix == ".tsv" else ",", bad)
-    return read_json(path, bad) if suffix == ".json" else read_json_lines(path, bad)
+        from trainers.csv_rows import read_csv
+
+        return read_csv(file, "\t" if suffix == ".tsv" else ",", wanted, bad)
+    from trainers.json_arrays import read_json
+    from trainers.json_rows import read_json_lines
+
+    return read_json(file, bad) if suffix == ".json" else read_json_lines(file, bad)
 
 
-def _read_parquet(path: Path, wanted: frozenset[str]) -> Iterator[Record]:
-    import pyarrow
-    import pyarrow.parquet
+def read_hub(
+    hub_id: str, revision: str | None, wanted: frozenset[str], bad: BadRows
+) -> Iterator[Record]:
+    """Rows of a hub dataset's train split: from its own files where they are of a kind that is read
+    here, else typed as `datasets` gives them.
 
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file: {_first_line(error)}") from error
-    with file:
-        names = [name for name in file.schema_arrow.names if name in wanted]
-        row_number = 0
-        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=names or None):
-            for row in batch.to_pylist():
-                row_number += 1
-                yield Record(drop_nested_nulls(row), Origin(str(path), row_number, "row"))
+    Raises: DataError: it cannot be fetched, or as read_records.
+    """
+    from trainers.hub import train_files
 
+    files = train_files(hub_id, revision)
+    if files is None:
+        from trainers.arrow_rows import dataset_records
 
-def _read_saved(folder: Path) -> Iterator[Record]:
-    import datasets
-
-    try:
-        rows = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: not a readable saved dataset: {_first_line(error)}") from error
-    yield from _dataset_records(rows, str(folder))
-
-
-def read_hub(hub_id: str, revision: str | None = None) -> Iterator[Record]:
-    """Rows of `load_hub`, typed as the hub's files are."""
-    yield from _dataset_records(load_hub(hub_id, revision), hub_id)
+        yield from dataset_records(load_hub(hub_id, revision), hub_id)
+    for file in files or ():
+        yield from read_file(file, wanted, bad)
 
 
 def load_hub(hub_id: str, revision: str | None = None) -> Any:
@@ -174,22 +244,14 @@ def load_hub(hub_id: str, revision: str | None = None) -> Any:
     Raises: DataError: it cannot be loaded, with the reason that `datasets` gives.
     """
     import datasets
+    from datasets.exceptions import DatasetsError
+
+    from trainers.hub import not_loaded
 
     name, _, subset = hub_id.partition(":")
     try:
         return datasets.load_dataset(name, subset or None, split="train", revision=revision)
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"data must be a file, a folder or a hub id; {hub_id} is neither file nor folder here,"
-            " and"
-            f" as a hub id it cannot be loaded: {_first_line(error)}"
-        ) from error
-
-
-def _dataset_records(rows: Any, name: str) -> Iterator[Record]:
-    for index, row in enumerate(rows):
-        yield Record(drop_nested_nulls(dict(row)), Origin(name, index + 1, "row"))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(not_loaded(hub_id, error)) from error
+    except DatasetsError as error:  # its own reason stands in its cause
+        raise DataError(not_loaded(hub_id, error.__cause__ or error)) from error

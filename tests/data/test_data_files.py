@@ -1,7 +1,9 @@
 """Reading files: what is accepted, what is refused, and with which line."""
 
+import errno
 import gzip
 import json
+import os
 
 import pytest
 
@@ -23,14 +25,15 @@ def as_csv(rows):
     return "prompt,completion\n" + "".join(",".join(row) + "\n" for row in quoted)
 
 
-def parquet_bytes(rows):
+def parquet_bytes(rows, num_rows=None):
     import io
 
     import pyarrow
     import pyarrow.parquet
 
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    table = pyarrow.Table.from_pylist(rows).slice(0, num_rows)
+    pyarrow.parquet.write_table(table, buffer)
     return buffer.getvalue()
 
 
@@ -84,21 +87,102 @@ def test_prepare_folder_with_splits_reads_train_and_names_the_rest(
     assert prepared.audit.notes == ("not read, as they belong to other splits: test-00000.jsonl",)
 
 
+def test_prepare_folder_reads_nested_folders_and_mixed_kinds_by_path(
+    plain_hash, spec_for, write_rows, tmp_path
+):
+    for folder in ("rows/a/deep", "rows/b", "rows/.git", "rows/_cache"):
+        (tmp_path / folder).mkdir(parents=True)
+    write_rows(as_lines(ROWS[:1]), "rows/a/deep/é 1.jsonl")
+    write_rows(json.dumps(ROWS[1:2]), "rows/b/1.json")
+    write_rows(parquet_bytes(ROWS[2:]), "rows/b/2.PARQUET")
+    for hidden in ("rows/.git/x.jsonl", "rows/_cache/x.jsonl", "rows/b/.x.jsonl", "rows/b/_x.csv"):
+        write_rows(as_lines(ROWS), hidden)
+    write_rows("{}", "rows/dataset_info.json")
+    assert prepare_data(spec_for(str(tmp_path / "rows"))).train.content_hash == plain_hash
+
+
+def test_prepare_folder_of_mixed_shapes_finds_the_shape_of_each_file(
+    spec_for, write_rows, tmp_path
+):
+    (tmp_path / "rows").mkdir()
+    write_rows(as_lines(ROWS), "rows/a.jsonl")
+    write_rows([{"text": "one"}, {"text": "two"}], "rows/b.jsonl")
+    write_rows("question,answer\nq,a\n", "rows/c.csv")
+    audit = prepare_data(spec_for(str(tmp_path / "rows"))).audit
+    assert audit.shapes == {
+        "completion": 4,
+        "text": 2,
+        "completion (answer -> completion, question -> prompt)": 1,
+    }
+
+
+def test_prepare_folder_with_a_packed_file_that_is_not_read_refuses(spec_for, write_rows, tmp_path):
+    (tmp_path / "rows").mkdir()
+    write_rows(as_lines(ROWS), "rows/a.jsonl")
+    write_rows(b"x", "rows/b.jsonl.zst")
+    with pytest.raises(DataError, match=r"b\.jsonl\.zst: data must be .*; unpack it"):
+        prepare_data(spec_for(str(tmp_path / "rows")))
+
+
+def test_prepare_folder_with_a_link_to_nothing_refuses(spec_for, write_rows, tmp_path):
+    (tmp_path / "rows").mkdir()
+    write_rows(as_lines(ROWS), "rows/a.jsonl")
+    (tmp_path / "rows" / "b.jsonl").symlink_to(tmp_path / "absent")
+    with pytest.raises(DataError, match=r"b\.jsonl: must be a file, is a link to nothing$"):
+        prepare_data(spec_for(str(tmp_path / "rows")))
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("notes.txt", ", only notes.txt$"), (".hidden.jsonl", "rows$")]
+)
+def test_prepare_folder_without_data_names_what_is_there(
+    name, found, spec_for, write_rows, tmp_path
+):
+    (tmp_path / "rows").mkdir()
+    write_rows("x", f"rows/{name}")
+    with pytest.raises(
+        DataError, match=f"a data folder must hold jsonl, .*found none in .*{found}"
+    ):
+        prepare_data(spec_for(str(tmp_path / "rows")))
+
+
+def test_prepare_named_pipe_says_what_is_wrong(spec_for, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"pipe\.jsonl: must be a file, is a pipe or device"):
+        prepare_data(spec_for(str(tmp_path / "pipe.jsonl")))
+
+
+def test_prepare_folder_that_may_not_be_listed_is_one_line(spec_for, tmp_path, monkeypatch):
+    (tmp_path / "rows" / "locked").mkdir(parents=True)
+    scandir = os.scandir
+
+    def locked(path):
+        if str(path).endswith("locked"):  # root, whom tests may run as, may list everything
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", locked)
+    with pytest.raises(DataError, match=r"data cannot be read: .*locked: Permission denied$"):
+        prepare_data(spec_for(str(tmp_path / "rows")))
+
+
+def test_prepare_name_too_long_for_a_file_is_one_line(spec_for):
+    with pytest.raises(DataError, match=r"data cannot be read: x+: File name too long$"):
+        prepare_data(spec_for("x" * 300))
+
+
+def test_prepare_saved_dataset_without_train_names_its_splits(spec_for, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    splits = {"test": datasets.Dataset.from_list(ROWS)}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(DataError, match="must have a train split, has test; give the"):
+        prepare_data(spec_for(str(tmp_path / "saved")))
+
+
 def test_prepare_saved_dataset_gives_identical_ids(plain_hash, spec_for, tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
     assert prepare_data(spec_for(str(tmp_path / "saved"))).train.content_hash == plain_hash
-
-
-def test_load_hub_local_repository_layout_gives_its_train_rows(tmp_path, monkeypatch):
-    pytest.importorskip("datasets")
-    from trainers.sources import read_hub
-
-    (tmp_path / "repo").mkdir()
-    (tmp_path / "repo" / "train-00000-of-00001.parquet").write_bytes(parquet_bytes(ROWS))
-    (tmp_path / "repo" / "test-00000-of-00001.parquet").write_bytes(parquet_bytes(ROWS[:1]))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
-    assert [record.columns for record in read_hub(str(tmp_path / "repo"))] == ROWS
 
 
 def cut_row(n):
@@ -145,13 +229,78 @@ REFUSED = {
         gzip.compress(as_lines(ROWS).encode())[:-12],
         "cut.jsonl.gz: not a whole gzip",
     ),
-    "rows.txt": (b"some text", "rows.txt: data must be jsonl, json, csv"),
+    "not_gzip.jsonl.gz": (
+        as_lines(ROWS).encode(),
+        "not_gzip.jsonl.gz: not a whole gzip file: Not a",
+    ),
+    "cut.json.gz": (
+        gzip.compress(json.dumps(ROWS).encode())[:-12],
+        "cut.json.gz: not a whole gzip",
+    ),
+    "cut.csv.gz": (gzip.compress(as_csv(ROWS).encode())[:-4], "cut.csv.gz: not a whole gzip"),
+    "damaged.jsonl.gz": (
+        gzip.compress(as_lines(ROWS).encode())[:12] + b"\xff" * 40,
+        "damaged.jsonl.gz: not a whole gzip file",
+    ),
+    "cut.csv": (b'prompt,completion\na,b\n"c,d\n', "cut.csv:3: not valid CSV"),
+    "cut.tsv": (b"prompt\tcompletion\na\tb\nc", "cut.tsv:3: must have 2 fields"),
+    "utf16.csv": (as_csv(ROWS).encode("utf-16"), "utf16.csv:1: must be UTF-8"),
+    "utf16le.csv": (as_csv(ROWS).encode("utf-16-le"), "utf16le.csv:1: must be UTF-8"),
+    "utf16.json": (json.dumps(ROWS).encode("utf-16"), "utf16.json:1: must be UTF-8"),
+    "utf16be.json": (json.dumps(ROWS).encode("utf-16-be"), "utf16be.json:1: must be UTF-8"),
+    "utf16.csv.gz": (gzip.compress(as_csv(ROWS).encode("utf-16")), "utf16.csv.gz:1: must be UTF-8"),
+    "latin1.tsv": (b"prompt\tcompletion\ncaf\xe9\tb\n", "latin1.tsv:2: must be UTF-8"),
+    "latin1.csv.gz": (
+        gzip.compress(b"prompt,completion\n\xe9,b\n"),
+        "latin1.csv.gz:2: must be UTF",
+    ),
+    "empty.tsv": (b"", "empty.tsv: must hold rows, is empty (0 bytes)"),
+    "empty.parquet": (b"", "empty.parquet: must hold rows, is empty (0 bytes)"),
+    "empty.jsonl.gz": (b"", "empty.jsonl.gz: must hold rows, is empty (0 bytes)"),
+    "packed_nothing.jsonl.gz": (gzip.compress(b""), "packed_nothing.jsonl.gz: must hold rows"),
+    "packed_nothing.json.gz": (gzip.compress(b""), "packed_nothing.json.gz: must hold rows"),
+    "blank.json": (b" \r\n\n", "blank.json: must hold rows, is blank"),
+    "blank.csv": (b"\n\n", "blank.csv:1: must begin with a header line"),
+    "commas.csv": (b",,\n", "commas.csv:1: must begin with a header line"),
+    "header.csv": (b"prompt,completion\n", "header.csv: must hold rows"),
+    "header.tsv": (b"prompt\tcompletion", "header.tsv: must hold rows"),
+    "no_rows.parquet": (parquet_bytes([{"prompt": "a"}], 0), "no_rows.parquet: must hold rows"),
+    "surrogate.json": (
+        b'[\n{"prompt": "a", "completion": "\\udc00"}]',
+        "surrogate.json:2: has half a character (lone surrogate \\udc00)",
+    ),
+    "surrogate.jsonl.gz": (
+        gzip.compress(b'{"prompt": "\\ud83d", "completion": "b"}'),
+        "surrogate.jsonl.gz:1: has half a character",
+    ),
+    "quoted.csv": (b'prompt,completion\n"a"b,c\n', "quoted.csv:2: not valid CSV"),
+    "old_mac.csv": (b"prompt,completion\ra,b\r", "old_mac.csv:1: not valid CSV"),
+    "damaged.parquet": (
+        parquet_bytes(ROWS)[:40] + b"\0" * 40 + parquet_bytes(ROWS)[80:],
+        "damaged.parquet: not a readable parquet file",
+    ),
+    # Under a wrong name
+    "gzip.jsonl": (gzip.compress(as_lines(ROWS).encode()), "gzip.jsonl: is gzip; let its name end"),
+    "parquet.json": (parquet_bytes(ROWS), "parquet.json: is parquet; let its name end in"),
+    "zip.csv": (b"PK\x03\x04" + b"x" * 40, "zip.csv: is a zip archive (or Excel)"),
+    "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git lfs pull"),
+    "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha", "git lfs pull"),
+    "text.parquet": (as_lines(ROWS).encode(), "text.parquet: not a readable parquet file"),
+    # Kinds that are not read
+    "rows.txt": (b"some text", "rows.txt: data must be jsonl, json, csv, tsv (each also .gz) or"),
+    "note.txt": (b"some text", 'write it as jsonl, {"text": ...} a line'),
+    "rows.jsonl.zst": (b"x", "unpack it, or pack it with gzip"),
+    "rows.jsonl.xz": (b"x", "unpack it, or pack it with gzip"),
+    "rows.zip": (b"x", "unpack it and give the folder"),
+    "rows.arrow": (b"x", "give the folder that save_to_disk wrote, or write it as parquet"),
+    "rows.parquet.gz": (b"x", "parquet is packed within; unpack the gzip"),
+    "rows": (b"x", "rename or convert it"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_prepare_and_count_unusable_file_give_one_line_with_the_place(
-    name, spec_for, write_rows, model, cache_folder
+    name, spec_for, write_rows, model
 ):
     content, expected = REFUSED[name]
     path = write_rows(content, name)
@@ -162,7 +311,6 @@ def test_prepare_and_count_unusable_file_give_one_line_with_the_place(
     assert expected in str(prepared.value)
     assert str(prepared.value) == str(counted.value)
     assert "\n" not in str(prepared.value)
-    assert not (cache_folder / "sets").exists()
 
 
 def test_prepare_missing_file_says_what_data_must_be(spec_for, tmp_path):
