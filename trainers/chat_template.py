@@ -1,129 +1,56 @@
-"""Chat templates: rendering as transformers does it, and where in the text the assistant speaks.
+"""Chat templates: conversations as text, and where in it the assistant speaks.
 
-The assistant's spans come from the template's {% generation %} tags where it has them; otherwise by
-rendering prefixes of the conversation: what follows the generation prompt, up to and with the end
-of turn. Either way they are verified, and a row whose spans cannot be is refused: nothing is
-trained that was not found. Rendering reads the clock where a template does (`strftime_now`), as in
-transformers.
+The assistant's spans come from the template's {% generation %} tags where it has them; otherwise
+from where generation would begin and where the turn ends. Either way the conversation is rendered
+once more with its texts marked (chat_marks.py), which shows whose text stands where: a span that
+holds another's text, a message that is rendered nowhere, or a turn that is not where it should be
+makes the row a bad one. Nothing is trained that was not found.
 """
 
-import json
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Sequence
+from functools import cached_property, partial
+from itertools import takewhile
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from trainers.chat_marks import PLACEMENTS, Located, Marked, free_marks, located, marked
+from trainers.chat_render import Message, Rendered, Renderer
+from trainers.chat_spans import OTHER_TEMPLATE, TurnFinder
+from trainers.chat_tools import (
+    Conversation,
+    with_calls_as_text,
+    with_folded_system,
+    with_text_arguments,
+    with_tools_in_system,
+)
 from trainers.messages import ChatRow
 from trainers.records import DataError, RowError
 
-GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+__all__ = ["ChatTemplate", "Rendered"]
+
 USER_PROBE, ASSISTANT_PROBE = "usersaysthis", "assistantsaysthat"
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-TOOLS_INTRODUCTION = (
-    "You may call these functions. To call one, answer with its name and arguments as JSON"
-    " within <tool_call></tool_call>."
+PROBE = ({"role": "user", "content": USER_PROBE}, {"role": "assistant", "content": ASSISTANT_PROBE})
+TOOL_PROBE, ARGUMENT_PROBE = "probetool", "probevalue"
+PROBE_SCHEMA = {
+    "type": "function",
+    "function": {
+        "name": TOOL_PROBE,
+        "description": "probe",
+        "parameters": {
+            "type": "object",
+            "properties": {"key": {"type": "string", "description": "probe"}},
+            "required": ["key"],
+        },
+    },
+}
+# Mistral takes call ids of nine letters and digits only.
+PROBE_CALL = {
+    "id": "a1b2c3d4e",
+    "type": "function",
+    "function": {"name": TOOL_PROBE, "arguments": {"key": ARGUMENT_PROBE}},
+}
+FOLD_OFFER = (
+    "system_role: fold puts the system message's text before the first user message's instead"
 )
-
-Span = tuple[int, int]
-
-
-class GenerationSpans(jinja2.ext.Extension):
-    """{% generation %}...{% endgeneration %}: notes which characters of the output it wraps."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance attribute)
-
-    def __init__(self, environment: jinja2.Environment) -> None:
-        super().__init__(environment)
-        environment.extend(generation_spans=self)
-        self.blocks: list[str] = []
-        self.spans: list[Span] = []
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
-
-    def _note(self, caller: Any) -> str:
-        text = caller()
-        start = sum(map(len, self.blocks))
-        self.spans.append((start, start + len(text)))
-        return text
-
-    @contextmanager
-    def noting(self) -> Iterator[tuple[list[str], list[Span]]]:
-        """Blocks to fill with the output so far, and the spans found in it."""
-        self.blocks, self.spans = [], []
-        yield self.blocks, self.spans
-        self.blocks, self.spans = [], []
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: Any = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML characters.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The settings of transformers' `_cached_compile_jinja_template` (5.24)."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationSpans, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _plain(value: Any) -> Any:
-    """Exact JSON types only: the template is foreign code, and a number prints as a number."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return int.__int__(value)
-    return float.__float__(value) if isinstance(value, float) else value
-
-
-def _with_reasoning_names(message: dict[str, Any]) -> dict[str, Any]:
-    """Reasoning under the names that templates read, as transformers does."""
-    reasoning = next((message[key] for key in REASONING_KEYS if message.get(key) is not None), None)
-    return (
-        message
-        if reasoning is None
-        else {"thinking": reasoning, **message, "reasoning_content": reasoning}
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rendered:
-    """A conversation as text, and the character spans that are the assistant's."""
-
-    text: str
-    spans: tuple[Span, ...]
 
 
 class ChatTemplate:
@@ -133,192 +60,271 @@ class ChatTemplate:
         source: Jinja.
         special_tokens: name -> text, the variables bos_token and so on.
         markers: texts of the tokenizer's added tokens, among which the end of turn is looked for.
+        fold_system: put a leading system (or developer) message, a blank line and the first user
+            message's text together, for templates that know no system role (field case A09).
+    Attributes:
+        end_of_turn: the text that ends the last assistant turn, where generation has to stop.
+        has_generation_tags: whether the template says what is the assistant's.
+        reads_clock: whether the template writes the date, so that ids differ from day to day.
+        wrote_tools_as_text, left_out_reasoning: whether some row so far had its tools written as
+            text, or thoughts that the template does not show (Qwen3: those of earlier turns).
     Raises:
         DataError: it does not compile, cannot render a user and an assistant turn, ends an
             assistant turn with nothing, or its generation tags wrap the wrong text.
     """
 
     def __init__(
-        self, source: str, special_tokens: dict[str, str], markers: Sequence[str] = ()
+        self,
+        source: str,
+        special_tokens: dict[str, str],
+        markers: Sequence[str] = (),
+        *,
+        fold_system: bool = False,
     ) -> None:
-        environment = _environment()
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise DataError(
-                f"chat template does not compile: {error.message} (line {error.lineno})"
-            ) from error
-        self._noter: GenerationSpans = environment.generation_spans  # type: ignore[attr-defined]
-        self.special_tokens = special_tokens
-        self.has_generation_tags = bool(GENERATION_TAG.search(source))
-        self.knows_tools = "tools" in source
-        self.knows_tool_calls = "tool_calls" in source
-        self.wrote_tools_as_text = False
-        self.end_of_turn = self._probed_end(markers)
+        self._renderer = Renderer(source, special_tokens)
+        self._names = {name for name in ("tools", "tool_calls") if name in source}
+        self.fold_system = fold_system
+        self.reads_clock = self._renderer.reads_clock
+        self.wrote_tools_as_text = self.left_out_reasoning = False
+        pair = self._probed_pair()
+        self.has_generation_tags = bool(pair.spans)
+        self._ends = self._probed_ends(pair, markers)
+        self.end_of_turn = self._ends[0]
+        self._header = self._probed_header()
+        self._tags_wrap_header = self.has_generation_tags and self._checked_tags(pair)
+
+    # What the template does, found by rendering small conversations.
 
     def render(
-        self,
-        messages: Sequence[dict[str, Any]],
-        tools: Any = None,
-        *,
-        add_generation_prompt: bool = False,
+        self, messages: Sequence[Message], tools: Any = None, *, add_generation_prompt: bool = False
     ) -> Rendered:
         """Text and generation spans; without tags there are none.
 
         Raises: RowError: the template refuses the conversation, with its reason.
         """
-        values = {
-            **self.special_tokens,
-            "messages": [_with_reasoning_names(_plain(message)) for message in messages],
-            "tools": _plain(tools),
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        with self._noter.noting() as (blocks, spans):
-            try:
-                blocks.extend(self._template.generate(values))
-            except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-                raise RowError(f"the chat template refuses the conversation: {error}") from error
-            return Rendered(text="".join(blocks), spans=tuple(spans))
+        return self._renderer.render(messages, tools, add_generation_prompt=add_generation_prompt)
 
-    def _probed_end(self, markers: Sequence[str]) -> str:
-        """The text that ends an assistant turn, found by rendering one."""
-        pair = [
-            {"role": "user", "content": USER_PROBE},
-            {"role": "assistant", "content": ASSISTANT_PROBE},
-        ]
-        try:
-            rendered = self.render(pair)
-        except RowError as error:
-            raise DataError(
-                f"chat template must render a user and an assistant turn: {error}"
-            ) from error
-        _, found, tail = rendered.text.rpartition(ASSISTANT_PROBE)
-        end = _first_marker(tail, markers)
-        if not found or not end:
+    def _probed_pair(self) -> Rendered:
+        """A question and its answer, with content as text or, where that prints nothing, as a list
+        of parts (templates of vision models)."""
+        reason = ""
+        for self._renderer.content_in_parts in (False, True):
+            try:
+                rendered = self.render(PROBE)
+            except RowError as error:
+                reason = reason or str(error)
+                continue
+            if USER_PROBE in rendered.text and ASSISTANT_PROBE in rendered.text:
+                return rendered
+        reason = reason or "it leaves out their text"
+        raise DataError(f"chat template must render a user and an assistant turn: {reason}")
+
+    def _probed_ends(self, pair: Rendered, markers: Sequence[str]) -> tuple[str, ...]:
+        """The texts that end an assistant turn: the last one, one before others, a tool call."""
+        tail = pair.text.rpartition(ASSISTANT_PROBE)[2]
+        last = _leading_markers(tail, markers) or [tail.strip()]
+        if not last[0]:
             raise DataError(
                 "chat template must end an assistant turn with an end token or text, found"
-                f" {tail!r}; without it no answer ever learns to stop"
+                f" {tail!r}; without it no answer ever learns to stop; use one that writes it"
             )
-        if self.has_generation_tags:
-            _check_tagged(rendered)
-        return end
+        tail = self._rendered_or_empty([*PROBE, *PROBE]).partition(ASSISTANT_PROBE)[2]
+        inner = _leading_markers(tail, markers)
+        # Two tokens may end a turn (Cohere 2); what only the last one has ends the text (Phi 4).
+        pairs = zip(last, inner, strict=False)
+        same = "".join(one for one, _ in takewhile(lambda both: both[0] == both[1], pairs))
+        ends = [same] if same else [*last[:1], *inner[:1]]
+        call = {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]}
+        tail = self._rendered_or_empty([PROBE[0], call]).rpartition(ARGUMENT_PROBE)[2].rstrip()
+        closing = max((m for m in markers if m and tail.endswith(m)), key=len, default="")
+        if closing and not any(end in tail for end in ends):
+            ends.append(closing)
+        return tuple(ends)
+
+    def _rendered_or_empty(self, messages: Sequence[Message], tools: Any = None) -> str:
+        try:
+            return self.render(messages, tools).text
+        except RowError:
+            return ""
+
+    def _probed_header(self) -> str:
+        """The generation prompt, where it is a text of its own."""
+        bare = self._rendered_or_empty(PROBE[:1])
+        try:
+            prompted = self.render(PROBE[:1], add_generation_prompt=True).text
+        except RowError:
+            return ""
+        return prompted.removeprefix(bare) if prompted.startswith(bare) else ""
+
+    def _checked_tags(self, pair: Rendered) -> bool:
+        """Whether the tags wrap the header, too (DeepSeek in TRL's training templates).
+
+        Raises: DataError: they wrap the wrong text.
+        """
+        tagged = "".join(pair.text[start:stop] for start, stop in pair.spans)
+        if ASSISTANT_PROBE not in tagged or USER_PROBE in tagged:
+            raise DataError(
+                "chat template's generation tags must wrap the assistant's text and nothing else,"
+                f" wrap {tagged!r}"
+            )
+        talk = Conversation(messages=PROBE, tools=None, trained=(False, True))
+        try:
+            start = self._finder(talk, pair.text).start(1, with_thinking=False)
+        except RowError:
+            return False
+        return pair.spans[0][0] < start
+
+    @cached_property
+    def _knows_tools(self) -> bool:
+        """Whether the template shows function schemas; one that refuses the probe says why itself
+        when a row comes."""
+        if "tools" not in self._names:
+            return False
+        try:
+            return TOOL_PROBE in self.render(PROBE, [PROBE_SCHEMA]).text
+        except RowError:
+            return True
+
+    @cached_property
+    def _call_form(self) -> str:
+        """How the template takes tool calls: "own" (arguments as an object), "text" (arguments as
+        JSON text, DeepSeek-V3) or "none" (it does not show them)."""
+        if "tool_calls" not in self._names:
+            return "none"
+        call = {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]}
+        talk = Conversation(messages=(PROBE[0], call), tools=None, trained=(False, True))
+        for form, each in (("own", talk), ("text", with_text_arguments(talk))):
+            try:
+                text = self.render(each.messages).text
+            except RowError:
+                continue
+            return form if TOOL_PROBE in text and ARGUMENT_PROBE in text else "none"
+        return "own"
+
+    # One row.
+
+    def text(self, row: ChatRow) -> str:
+        """The conversation's text, for rows of which every token is trained.
+
+        Raises: RowError: the template refuses the row.
+        """
+        return self._shown(row)[1].text
 
     def assistant_spans(self, row: ChatRow) -> Rendered:
         """The conversation's text, and the spans of its trained assistant turns, ends of turn
-        included.
+        included; no spans where no message is trained.
 
         Raises: RowError: the template refuses the row, or spans cannot be verified.
         """
-        messages, tools = self.with_tools_as_text(row)
-        offset = len(messages) - len(row.messages)
-        trained = (*(False for _ in range(offset)), *row.trained)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        rendered = self.render(messages, tools)
+        talk, rendered = self._shown(row)
+        if not any(talk.trained):
+            return Rendered(text=rendered.text, spans=())
+        finder = self._finder(talk, rendered.text)
         if self.has_generation_tags:
-            spans = self._tagged_spans(rendered, [trained[i] for i in turns])
+            spans = finder.tagged(rendered.spans, tags_wrap_header=self._tags_wrap_header)
         else:
-            found = (
-                self._prefix_span(rendered.text, messages, tools, i) for i in turns if trained[i]
-            )
-            spans = tuple(found)
+            spans = finder.aligned()
         return Rendered(text=rendered.text, spans=spans)
 
-    def _tagged_spans(self, rendered: Rendered, trained: list[bool]) -> tuple[Span, ...]:
-        """Each tagged span, extended by the end of turn where the tags leave it out."""
-        spans = [span for span in rendered.spans if span[1] > span[0]]
-        if not all(trained):
-            if len(spans) != len(trained):
-                raise RowError(
-                    f"has per-message weights, but the chat template tags {len(spans)} spans for"
-                    f" {len(trained)} assistant messages"
-                )
-            spans = [span for span, keep in zip(spans, trained, strict=True) if keep]
-        ends = (end + len(self._end_at(rendered.text, start, end)) for start, end in spans)
-        return tuple(zip((start for start, _ in spans), ends, strict=True))
-
-    def _end_at(self, text: str, start: int, end: int) -> str:
-        has_end = text[start:end].rstrip().endswith(self.end_of_turn)
-        return self.end_of_turn if not has_end and text.startswith(self.end_of_turn, end) else ""
-
-    def _prefix_span(
-        self, text: str, messages: list[dict[str, Any]], tools: Any, turn: int
-    ) -> Span:
-        before = self.render(messages[:turn], tools, add_generation_prompt=True).text
-        if not before or not text.startswith(before):
-            raise RowError(
-                f"message {turn + 1}: where the assistant speaks cannot be verified, the template"
-                " renders"
-                " the turns before it differently later; use a template with {% generation %} tags"
+    def _shown(self, row: ChatRow) -> tuple[Conversation, Rendered]:
+        """The row in the form that this template can show, rendered. Nothing is lost silently."""
+        talk = self._in_own_form(Conversation.of(row))
+        if self.fold_system:
+            talk = with_folded_system(talk)
+        try:
+            return talk, self.render(talk.messages, talk.tools)
+        except RowError as error:
+            offer = self._fold_offer(talk)
+            why = (
+                " (it has no place for tools, so their schemas are a system message)"
+                if row.tools and not talk.tools
+                else ""
             )
-        content = messages[turn]["content"].strip()
-        limit = self._turn_limit(text, messages, tools, turn, len(before))
-        end = text.rfind(self.end_of_turn, len(before), limit)
-        if end < 0 or content not in text[len(before) : end]:
-            raise RowError(
-                f"message {turn + 1}: the assistant's text and its end {self.end_of_turn!r} are"
-                " not where"
-                " the chat template should put them; use a template with {% generation %} tags"
-            )
-        return len(before), end + len(self.end_of_turn)
+            raise RowError(f"{error}{why}; {offer}" if offer else f"{error}{why}") from error
 
-    def _turn_limit(
-        self, text: str, messages: list[dict[str, Any]], tools: Any, turn: int, start: int
-    ) -> int:
-        """Where the turn is over: at the end of the conversation rendered up to it; or, for
-        templates that render a turn differently once it is not the last (thinking), at the first
-        end of turn behind its content."""
-        upto = self.render(messages[: turn + 1], tools).text
-        if text.startswith(upto):
-            return len(upto)
-        content = messages[turn]["content"].strip()
-        found = text.find(content, start)
-        end = text.find(self.end_of_turn, found + len(content))
-        # An end of turn in between means that the content was found in a later turn.
-        is_own = content and 0 <= found < end and self.end_of_turn not in text[start:found]
-        return end + len(self.end_of_turn) if is_own else start
-
-    def with_tools_as_text(self, row: ChatRow) -> tuple[list[dict[str, Any]], Any]:
-        """Messages and tools in the form that this template can show: calls become
-        <tool_call>{json}</tool_call> in the content (the form of Hermes and Qwen), and schemas a
-        system message, where the template does not know of them. Nothing is lost silently."""
-        has_calls = any("tool_calls" in message for message in row.messages)
-        self.wrote_tools_as_text |= has_calls and not self.knows_tool_calls
-        messages = [m if self.knows_tool_calls else _call_as_content(m) for m in row.messages]
-        if row.tools is None or self.knows_tools:
-            return messages, row.tools
+    def _in_own_form(self, talk: Conversation) -> Conversation:
+        has_calls = any("tool_calls" in message for message in talk.messages)
+        if has_calls and self._call_form == "text":
+            talk = with_text_arguments(talk)
+        elif has_calls and self._call_form == "none":
+            self.wrote_tools_as_text = True
+            talk = with_calls_as_text(talk)
+        if talk.tools is None or self._knows_tools:
+            return talk
         self.wrote_tools_as_text = True
-        listed = "\n".join(_to_json(_plain(tool)) for tool in row.tools)
-        text = f"{TOOLS_INTRODUCTION}\n<tools>\n{listed}\n</tools>"
-        if messages[0]["role"] != "system":
-            return [{"role": "system", "content": text}, *messages], None
-        first = {**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}
-        return [first, *messages[1:]], None
+        return with_tools_in_system(talk)
 
+    def _fold_offer(self, talk: Conversation) -> str:
+        """The way out for a system message, where it is one."""
+        if not talk.has_system():
+            return ""
+        try:
+            folded = with_folded_system(talk)
+            self.render(folded.messages, folded.tools)
+        except RowError:
+            return ""
+        return FOLD_OFFER
 
-def _call_as_content(message: dict[str, Any]) -> dict[str, Any]:
-    if "tool_calls" not in message:
-        return message
-    calls = (
-        f"<tool_call>\n{_to_json(_plain(call['function']))}\n</tool_call>"
-        for call in message["tool_calls"]
-    )
-    parts = [message["content"], *calls] if message["content"] else list(calls)
-    kept = {key: value for key, value in message.items() if key != "tool_calls"}
-    return {**kept, "content": "\n".join(parts)}
-
-
-def _first_marker(tail: str, markers: Sequence[str]) -> str:
-    """The added token that follows the content, or else the text that does."""
-    stripped = tail.lstrip()
-    found = [marker for marker in markers if marker and stripped.startswith(marker)]
-    return max(found, key=len, default=stripped.rstrip())
-
-
-def _check_tagged(rendered: Rendered) -> None:
-    tagged = "".join(rendered.text[start:end] for start, end in rendered.spans)
-    if ASSISTANT_PROBE not in tagged or USER_PROBE in tagged:
-        raise DataError(
-            "chat template's generation tags must wrap the assistant's text and nothing else,"
-            f" wrap {tagged!r}"
+    def _finder(self, talk: Conversation, text: str) -> TurnFinder:
+        conversation, whole = self._traced(talk, text)
+        self._check_left_out(talk, whole)
+        return TurnFinder(
+            whole=whole,
+            roles=[message["role"] for message in talk.messages],
+            trained=talk.trained,
+            ends=self._ends,
+            before=partial(self._before, conversation, talk.tools),
+            header=self._header,
+            number=talk.number,
         )
+
+    def _before(self, conversation: Marked, tools: Any, turn: int) -> Located:
+        messages = conversation.messages[:turn]
+        text = self.render(messages, tools, add_generation_prompt=True).text
+        return located(text, conversation)
+
+    def _traced(self, talk: Conversation, text: str) -> tuple[Marked, Located]:
+        """The conversation with marks, and where its texts stand in the real rendering."""
+        for placement in PLACEMENTS:
+            conversation = marked(talk.messages, placement)
+            first = free_marks(text, 2 * len(conversation.pieces))
+            if first is None:
+                break
+            if first != conversation.first:
+                conversation = marked(talk.messages, placement, first)
+            try:
+                found = located(self.render(conversation.messages, talk.tools).text, conversation)
+            except RowError:
+                continue
+            if found.text == text:
+                return conversation, found
+        raise RowError(
+            "where each message's text stands cannot be verified, the chat template renders it"
+            f" according to what it says; {OTHER_TEMPLATE}"
+        )
+
+    def _check_left_out(self, talk: Conversation, whole: Located) -> None:
+        self.left_out_reasoning |= bool(whole.left_out(["reasoning"]))
+        lacking = (
+            (whole.left_out(["content"]), "text"),
+            (whole.left_out(["name"]), "tool call"),
+        )
+        for indices, what in lacking:
+            for index in indices:
+                role = talk.messages[index]["role"]
+                can_fold = index == 0 and self._fold_offer(talk)
+                raise RowError(
+                    f"message {talk.number(index)}: the chat template leaves out a {what} of this"
+                    f" {role} message; "
+                    + (FOLD_OFFER if can_fold else "use a template that shows it, or remove it")
+                )
+
+
+def _leading_markers(tail: str, markers: Sequence[str]) -> list[str]:
+    """The added tokens that follow a content directly."""
+    found: list[str] = []
+    tail = tail.lstrip()
+    while marker := max((m for m in markers if m and tail.startswith(m)), key=len, default=""):
+        found.append(marker)
+        tail = tail[len(marker) :]
+    return found

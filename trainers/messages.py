@@ -1,12 +1,28 @@
-"""Chat rows: the dialects of message lists, brought to role/content with structured tool calls."""
+"""Chat rows: the dialects of message lists, brought to role/content with structured tool calls.
 
-import json
+Content is text: null is empty, a list of text parts is joined. A tool's result may also be a JSON
+object or list, which becomes its JSON text, as `json.dumps(..., ensure_ascii=False)` writes it but
+with numbers as the file has them; a JSON string is text and is not read again.
+
+A message's `weight` (or `train`, or `loss`; 0, 1, false, true) chooses whether an assistant message
+is trained. On other messages it may say 0, which holds anyway; anything else is refused, because
+only assistant messages are trained.
+"""
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from trainers.json_rows import SourceFloat, SourceInt
 from trainers.records import RowError
+from trainers.tool_calls import (
+    calls_from_text,
+    function_schemas,
+    is_tool_data,
+    json_text,
+    json_value,
+    message_calls,
+)
 
 ROLE_NAMES = {
     "user": "user",
@@ -23,6 +39,8 @@ ROLE_NAMES = {
     "function_call": "function_call",
 }
 LOSS_KEYS = ("weight", "train", "loss")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+CONTENT_KEYS = ("content", "value", "tool_calls", "function_call")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,29 +86,39 @@ def chat_row(
     Raises: RowError: empty, an unknown role, content that is not text, nothing to train.
     """
     if isinstance(messages, str):  # a csv column can hold a list only as its JSON text
-        messages = _json_value(messages, "messages")
+        messages = json_value(messages, "messages")
     if not isinstance(messages, list):
         raise RowError(f"messages must be a list, is {type(messages).__name__}")
     if not messages:
         raise RowError("messages must hold at least one message, is empty")
     read = [_message(message, index) for index, message in enumerate(messages, start=1)]
     trained = [
-        index >= num_context and message["role"] == "assistant" and _has_loss(raw, index)
-        for index, (message, raw) in enumerate(zip(read, messages, strict=True))
+        _has_loss(raw, message["role"], number) and number > num_context
+        for number, (message, raw) in enumerate(zip(read, messages, strict=True), start=1)
     ]
     system_text = plain_text(system, "system")
     if system_text:
         if read[0]["role"] == "system":
             raise RowError("has a system column and a system message; keep one")
         read, trained = [{"role": "system", "content": system_text}, *read], [False, *trained]
-    return ChatRow(tuple(read), _tools(tools), tuple(trained))
+    return ChatRow(tuple(read), function_schemas(tools), tuple(trained))
 
 
-def _has_loss(raw: Mapping[str, Any], index: int) -> bool:
-    value = next((raw[key] for key in LOSS_KEYS if raw.get(key) is not None), True)
-    if value not in (0, 1):
-        raise RowError(f"message {index + 1}: weight must be 0 or 1, is {value!r}")
-    return bool(value)
+def _has_loss(raw: Mapping[str, Any], role: str, number: int) -> bool:
+    """Whether a message's weights and role make it trained."""
+    given = [(key, raw[key]) for key in LOSS_KEYS if raw.get(key) is not None]
+    for key, value in given:
+        if value not in (0, 1):
+            raise RowError(f"message {number}: {key} must be 0 or 1, is {value!r}")
+        if value and role != "assistant":
+            raise RowError(
+                f"message {number}: only assistant messages are trained, {key} is {value!r} on a"
+                f" {role} message; remove it or set it to 0"
+            )
+    if len({bool(value) for _, value in given}) > 1:
+        names = " and ".join(key for key, _ in given)
+        raise RowError(f"message {number}: {names} must say the same; keep one")
+    return role == "assistant" and all(value for _, value in given)
 
 
 def _message(raw: Any, number: int) -> dict[str, Any]:
@@ -104,24 +132,24 @@ def _message(raw: Any, number: int) -> dict[str, Any]:
         raise RowError(
             f"message {number}: unknown role {name!r}; known are {', '.join(ROLE_NAMES)}"
         )
-    if not raw.keys() & {"content", "value", "tool_calls"}:
+    if not raw.keys() & set(CONTENT_KEYS):
         raise RowError(f"message {number} must have content, found {', '.join(raw)}")
-    content = _content(raw.get("content", raw.get("value")), number)
+    content = _content(raw.get("content", raw.get("value")), role, number)
     if role == "function_call":
-        return {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [_call_from_text(content, number)],
-        }
-    handled = {"role", "from", "content", "value", "tool_calls", *LOSS_KEYS}
+        calls = calls_from_text(content, number)
+        return {"role": "assistant", "content": "", "tool_calls": calls}
+    handled = {"role", "from", *CONTENT_KEYS, *LOSS_KEYS}
     others = {key: value for key, value in raw.items() if key not in handled and value is not None}
+    for key in others.keys() & set(REASONING_KEYS):
+        others[key] = plain_text(others[key], f"message {number}: {key}")
     message = {"role": role, "content": content, **others}
-    if raw.get("tool_calls"):
-        message["tool_calls"] = [_tool_call(call, number) for call in raw["tool_calls"]]
-    return message
+    calls = message_calls(raw, role, number)
+    return {**message, "tool_calls": calls} if calls else message
 
 
-def _content(value: Any, number: int) -> str:
+def _content(value: Any, role: str, number: int) -> str:
+    if role == "tool" and is_tool_data(value):
+        return json_text(value)
     if isinstance(value, list):
         return "".join(_part_text(part, number) for part in value)
     return plain_text(value, f"message {number}: content")
@@ -138,47 +166,3 @@ def _part_text(part: Any, number: int) -> str:
         return part["text"]
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     raise RowError(f"message {number}: content parts must be text, one is {kind}")
-
-
-def _call_from_text(text: str, number: int) -> dict[str, Any]:
-    """ShareGPT's function_call turn: the call as JSON text."""
-    return _tool_call(_json_value(text, f"message {number}: function_call"), number)
-
-
-def _tool_call(call: Any, number: int) -> dict[str, Any]:
-    """One form for a bare call and OpenAI's, arguments as dict and as JSON text (field case
-    A16)."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowError(f"message {number}: a tool call must have a name and arguments")
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        arguments = _json_value(arguments, f"message {number}: tool call arguments")
-    if not isinstance(arguments, dict):
-        raise RowError(f"message {number}: tool call arguments must be an object")
-    kept = {key: call[key] for key in ("id",) if call.get(key) is not None}
-    return {
-        **kept,
-        "type": "function",
-        "function": {"name": function["name"], "arguments": arguments},
-    }
-
-
-def _json_value(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RowError(f"{name} must be JSON: {error.msg} (column {error.colno})") from error
-
-
-def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
-    """Function schemas from a list or its JSON text; bare schemas are wrapped as OpenAI does."""
-    if isinstance(value, str) and value.strip():
-        value = _json_value(value, "tools")
-    if not value:
-        return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise RowError("tools must be a list of function schemas")
-    return tuple(
-        tool if "function" in tool else {"type": "function", "function": tool} for tool in value
-    )
