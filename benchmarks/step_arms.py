@@ -118,6 +118,7 @@ def fixed_rows(count: int, length: int, vocab_size: int) -> TokenizedSet:
         input_ids=ids,
         loss_mask=mask,
         offsets=offsets,
+        row_loss_tokens=np.full(count, length - length // 2, dtype=np.int64),
         row_loss_bytes=np.full(count, length, dtype=np.int64),
     )
 

@@ -3,7 +3,7 @@
 Shape legend: n segments of h rows, B = n h rows, T positions, M loss-bearing positions (with padding).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,10 +11,13 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from trainers.data import TokenizedSet
+    from trainers.sequence_packing import PackedSet
+    from trainers.token_set import TokenizedSet
 
 LOSS_BLOCK = 64
 """Loss-bearing positions of a block where the segments have very different numbers of them."""
+GROUPED_BATCHES = 50
+"""Batches that are sorted together where examples are grouped by length, as transformers does."""
 MAX_PADDING = 1.1
 """Up to this many computed positions per loss-bearing one, segments are padded to the longest."""
 IGNORED = -100
@@ -42,18 +45,21 @@ class Batch:
 
     rows_B: which row of the set each is, -1 for padding. ids_BT: token ids, right-padded. No attention
     mask: the model is causal and padding stands to the right, so a real token never sees it, and
-    the loss never reads a padded position. loss: None where no position is counted.
+    the loss never reads a padded position. loss: None where no position is counted. positions_BT:
+    where rows hold several examples, each token's position within its own, from which the model
+    keeps them apart; else None.
     """
 
     rows_B: torch.Tensor
     ids_BT: torch.Tensor
     loss: LossBlocks | None
+    positions_BT: torch.Tensor | None = None
 
 
 class RowSource:
-    """A tokenized set as micro-batches."""
+    """A tokenized set, or its packed sequences, as micro-batches."""
 
-    def __init__(self, rows: "TokenizedSet", pad_id: int, device: torch.device) -> None:
+    def __init__(self, rows: "TokenizedSet | PackedSet", pad_id: int, device: torch.device) -> None:
         self.rows, self.pad_id, self.device = rows, pad_id, device
         self.lengths = np.asarray(rows.lengths, dtype=np.int64)
         self.loss_tokens = np.asarray(rows.loss_token_counts, dtype=np.int64)
@@ -68,16 +74,23 @@ class RowSource:
         width = max(2, *(int(self.lengths[s].max(initial=0)) for s in segments))
         ids = np.full((len(segments) * height, width), self.pad_id, dtype=np.int64)
         loss, rows = np.zeros(ids.shape, dtype=bool), np.full(len(ids), -1, dtype=np.int64)
+        positions: np.ndarray | None = None
         for k, segment in enumerate(segments):
             for at, row in enumerate(segment, start=k * height):
                 example = self.rows.example(int(row))
                 rows[at] = row
                 ids[at, : len(example.input_ids)] = example.input_ids
                 loss[at, : len(example.loss_mask)] = example.loss_mask
+                if (own := example.positions) is not None:
+                    if positions is None:
+                        # Padding goes on counting: it attends to its own row, and nothing to it.
+                        positions = np.tile(np.arange(width), (len(ids), 1))
+                    positions[at, : len(own)] = own
         return Batch(
             rows_B=self._on_device(rows),
             ids_BT=self._on_device(ids),
             loss=self._loss_blocks(ids, loss, height, max_block),
+            positions_BT=None if positions is None else self._on_device(positions),
         )
 
     def _loss_blocks(
@@ -117,10 +130,44 @@ def block_size(counts: np.ndarray, max_block: int) -> int:
 def example_order(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
     """Row numbers of the examples start..stop of a trial: every epoch is a new permutation, a
     function of (seed, epoch) alone, so that any position can be resumed."""
+    return _examples(num_rows, start, stop, lambda epoch: _permutation(num_rows, seed, epoch))
+
+
+def grouped_order(
+    lengths: np.ndarray, seed: int, start: int, stop: int, global_batch_size: int
+) -> np.ndarray:
+    """As `example_order`, with batches of rows of similar length: each part of an epoch's
+    permutation, GROUPED_BATCHES batches long, is sorted by length and cut into batches, and the
+    batches of the epoch come in random order. A batch that two epochs share stays whole."""
+
+    def order(epoch: int) -> np.ndarray:
+        rows = _permutation(len(lengths), seed, epoch)
+        first = (
+            -epoch * len(rows) % global_batch_size
+        )  # what the last epoch's last batch still takes
+        last = len(rows) - (len(rows) - first) % global_batch_size if first < len(rows) else first
+        part = GROUPED_BATCHES * global_batch_size
+        sorted_parts = [
+            piece[np.argsort(-lengths[piece], kind="stable")]
+            for piece in np.split(rows[first:last], range(part, max(0, last - first), part))
+        ]
+        batches = np.concatenate(sorted_parts).reshape(-1, global_batch_size)
+        shuffled = np.random.default_rng([seed, epoch, 1]).permutation(batches)
+        return np.concatenate([rows[:first], shuffled.reshape(-1), rows[last:]])
+
+    return _examples(len(lengths), start, stop, order)
+
+
+def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def _examples(
+    num_rows: int, start: int, stop: int, order: Callable[[int], np.ndarray]
+) -> np.ndarray:
     epochs = range(start // num_rows, (stop - 1) // num_rows + 1)
-    orders = [np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in epochs]
     first = start - epochs[0] * num_rows
-    return np.concatenate(orders)[first : first + stop - start]
+    return np.concatenate([order(epoch) for epoch in epochs])[first : first + stop - start]
 
 
 @dataclass

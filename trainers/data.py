@@ -1,16 +1,18 @@
 """From `data:` to tokenized sets: what trains, what is held out, and the audit of both.
 
-    prepare_data(spec)  -> PreparedData(train, eval, audit), cached by content
-    cached_audit(spec)  -> Audit or None, in milliseconds, without numpy
-    count_tokens(path)  -> loss-bearing tokens of one epoch of a whole file
+    prepare_data(spec)         -> PreparedData(train, eval, audit), cached by content
+    audit_data(spec)           -> Audit, also of data that cannot be trained on
+    prepare_whole(spec, data)  -> TokenizedSet and Audit of another file, nothing held out
+    cached_audit(spec)         -> Audit or None, in milliseconds, without numpy
+    count_tokens(path)         -> loss-bearing tokens of one epoch of a whole file
 
 Rows are read in sources.py and json_rows.py, shaped in rows.py and messages.py, rendered in
 chat_template.py, encoded and masked in examples.py. The mask that trains is the mask that counts.
 """
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ from trainers.data_cache import (
     write_json,
 )
 from trainers.data_spec import DataSpec
+from trainers.parts import Part, file_names, parts_of, place_text
 from trainers.records import BadRows, DataError
 from trainers.sources import Source, resolve_source
 from trainers.tokenizer import (
@@ -40,6 +43,7 @@ from trainers.tokenizer import (
 )
 
 if TYPE_CHECKING:
+    from trainers.sequence_packing import PackedSet
     from trainers.token_set import Example, TokenizedSet
 
 __all__ = [
@@ -49,10 +53,12 @@ __all__ = [
     "Example",
     "PreparedData",
     "TokenizedSet",
+    "audit_data",
     "cached_audit",
     "count_tokens",
     "load_tokenizer",
     "prepare_data",
+    "prepare_whole",
 ]
 
 
@@ -67,9 +73,9 @@ def __getattr__(name: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedData:
-    """Train and held-out rows with their audit."""
+    """Train and held-out rows with their audit; under `packing` the train rows are sequences."""
 
-    train: "TokenizedSet"
+    train: "TokenizedSet | PackedSet"
     eval: "TokenizedSet"
     audit: Audit
 
@@ -81,44 +87,128 @@ def prepare_data(spec: DataSpec) -> PreparedData:
         DataError: data that cannot be read, bad rows (the first few and their number), nothing left
             within seq_len, or nothing on one side of the split.
     """
+    from trainers.sequence_packing import PackedSet
     from trainers.token_set import TokenizedSet
 
-    tokenizer_files = tokenizer_folder(spec.model, spec.revision)
-    folder = _set_folder(spec, tokenizer_files)
-    if not folder.is_dir():
-        tokenizer = load_tokenizer(tokenizer_files, chat_template=spec.chat_template)
-        _write_sets(spec, tokenizer, folder)
-    return PreparedData(
-        train=TokenizedSet.load(folder / "train"),
-        eval=TokenizedSet.load(folder / "eval"),
-        audit=Audit.from_dict(read_json(folder / "audit.json")),
-    )
+    folder, audit = _prepared(spec, parts_of(spec))
+    _refuse(spec, audit)
+    train = (PackedSet if spec.packing else TokenizedSet).load(folder / "train")
+    return PreparedData(train=train, eval=TokenizedSet.load(folder / "eval"), audit=audit)
+
+
+def audit_data(spec: DataSpec) -> Audit:
+    """The data's audit, also where it has bad rows or cannot be trained on.
+
+    Raises: DataError: data that cannot be read as a whole.
+    """
+    return _prepared(spec, parts_of(spec))[1]
+
+
+def near_duplicates_of(spec: DataSpec) -> dict[str, Any]:
+    """Examples that nearly equal an earlier one, found once: {"num_train", "num_eval", "train",
+    "eval"}, the last two as "place ~ place" of the first few (see near_duplicates.py).
+
+    Raises: DataError: as `audit_data`.
+    """
+    parts = parts_of(spec)
+    folder, audit = _prepared(spec, parts)
+    known = read_json(folder / "near.json")
+    if known is None:
+        from trainers.near_duplicates import found_in
+
+        known = found_in(folder)
+        write_json(folder / "near.json", known)
+    names = dict(zip(read_json(folder / "audit.json")["files"], audit.files, strict=True))
+    return known | {
+        side: [" ~ ".join(place_text(place, names) for place in pair) for pair in known[side]]
+        for side in ("train", "eval")
+    }
+
+
+def prepare_whole(spec: DataSpec, data: str) -> "tuple[TokenizedSet, Audit]":
+    """All rows of another file (folder, hub id), tokenized as the spec's are, nothing held out.
+
+    Raises: DataError: as `prepare_data`.
+    """
+    from trainers.token_set import TokenizedSet
+
+    spec, parts = _whole(spec, data)
+    folder, audit = _prepared(spec, parts, has_split=False)
+    _refuse(spec, audit)
+    return TokenizedSet.load(folder / "train"), audit
+
+
+def whole_folder(spec: DataSpec, data: str) -> Path:
+    """Where in the cache `prepare_whole` keeps what it returns.
+
+    Raises: DataError: no such data.
+    """
+    spec, parts = _whole(spec, data)
+    return set_folder(spec, parts, tokenizer_folder(spec.model, spec.revision))
+
+
+def _whole(spec: DataSpec, data: str) -> tuple[DataSpec, list[Part]]:
+    spec = replace(spec, data=data, columns=None, format=None, data_revision=None)
+    return spec, [Part(data=data, source=resolve_source(data))]
 
 
 def cached_audit(spec: DataSpec) -> Audit | None:
     """The audit of data that was prepared before; None where it was not, or where only the hub
     knows whether it was.
 
-    Raises: DataError: no such data.
+    Raises: DataError: no such data, or data that is known to be unusable.
     """
-    sources = [resolve_source(data) for data in (spec.data, spec.eval) if isinstance(data, str)]
-    model = local_folder(spec.model)
-    if model is None or any(source.hub_id is not None for source in sources):
+    parts, model = parts_of(spec), local_folder(spec.model)
+    if model is None or any(part.source.hub_id is not None for part in parts):
         return None
-    values = read_json(_set_folder(spec, model) / "audit.json")
-    return Audit.from_dict(values) if values else None
+    values = read_json(set_folder(spec, parts, model) / "audit.json")
+    if not values:
+        return None
+    audit = Audit.from_dict(values).renamed(_names_of(parts))
+    _refuse(spec, audit)
+    return audit
 
 
-def _set_folder(spec: DataSpec, tokenizer_files: Path) -> Path:
-    eval_key = spec.eval
-    if isinstance(spec.eval, str):
-        eval_key = source_key(resolve_source(spec.eval))
+def _prepared(
+    spec: DataSpec, parts: Sequence[Part], *, has_split: bool = True
+) -> tuple[Path, Audit]:
+    """The folder with the sets of some parts, and their audit."""
+    tokenizer_files = tokenizer_folder(spec.model, spec.revision)
+    folder = set_folder(spec, parts, tokenizer_files)
+    if not folder.is_dir():
+        tokenizer = load_tokenizer(tokenizer_files, chat_template=spec.chat_template)
+
+        def fill(temporary: Path) -> None:
+            from trainers.preparation import Preparation
+
+            preparation = Preparation(spec, tokenizer, parts, temporary, has_split=has_split)
+            write_json(temporary / "audit.json", preparation.run().to_dict())
+
+        write_folder(folder, fill)
+    audit = Audit.from_dict(read_json(folder / "audit.json"))
+    return folder, audit.renamed(_names_of(parts))
+
+
+def _names_of(parts: Sequence[Part]) -> tuple[str, ...]:
+    return tuple(name for part in parts for name in file_names(part.source))
+
+
+def _refuse(spec: DataSpec, audit: Audit) -> None:
+    """Raises: DataError: the audit found what cannot be trained on."""
+    if spec.bad_rows == "error" or not audit.num_rows:
+        BadRows(audit.num_bad_rows, list(audit.bad_rows)).raise_if_any()
+    if audit.problems:
+        raise DataError(audit.problems[0])
+
+
+def set_folder(spec: DataSpec, parts: Sequence[Part], tokenizer_files: Path) -> Path:
+    """Where in the cache the sets of some parts are, or will be."""
     key = [
-        source_key(resolve_source(spec.data, spec.data_revision)),
+        [[source_key(part.source), part.weight, part.held_out_frac] for part in parts],
         tokenizer_key(tokenizer_files),
         _template_key(spec.chat_template),
         _reading_key(spec),
-        [spec.seq_len, spec.truncation, spec.bad_rows, eval_key],
+        [spec.seq_len, spec.truncation],
     ]
     return cache_root() / "sets" / digest_of(key)
 
@@ -133,21 +223,8 @@ def _template_key(chat_template: str | None) -> str | None:
 
 
 def _reading_key(spec: DataSpec) -> Any:
-    return [CODE_VERSION, dict(spec.columns or {}), spec.format, spec.completion_only]
-
-
-def _write_sets(spec: DataSpec, tokenizer: LoadedTokenizer, folder: Path) -> None:
-    from trainers.preparation import Preparation
-
-    preparation = Preparation(spec, tokenizer)
-    audit = preparation.run()
-
-    def fill(temporary: Path) -> None:
-        preparation.train.built().save(temporary / "train")
-        preparation.held_out.built().save(temporary / "eval")
-        write_json(temporary / "audit.json", audit.to_dict())
-
-    write_folder(folder, fill)
+    options = [dict(spec.columns or {}), spec.format, spec.completion_only, spec.system_role]
+    return [CODE_VERSION, *options]
 
 
 def count_tokens(
@@ -178,7 +255,7 @@ def count_tokens(
     )
     if tokenizer is None:
         _say_shipped()
-    source = resolve_source(spec.data)
+    source = resolve_source(path)
     loaded, model_key = _identified(tokenizer, template)
     key = digest_of([source_key(source), model_key, _template_key(template), _reading_key(spec)])
     known = cache_root() / "counts" / f"{key}.json"
@@ -207,9 +284,9 @@ def _counted(spec: DataSpec, source: Source, tokenizer: LoadedTokenizer) -> int:
 
     bad = BadRows()
     reader = RowReader(spec, bad)
-    encoder = RowEncoder(tokenizer, completion_only=spec.completion_only)
+    encoder = RowEncoder.of(spec, tokenizer)
     rows = encoder.encode(reader.rows(source), bad)
-    count = sum(tokens.num_loss_tokens for _, tokens in rows)
+    count = sum(tokens.num_loss_tokens for _, _, tokens in rows)
     bad.raise_if_any()
     if not reader.tally.shapes:
         raise DataError(f"{spec.data}: must hold rows, holds none that can be used")

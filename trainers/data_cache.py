@@ -26,7 +26,7 @@ from trainers.sources import Source
 from trainers.tokenizer import SIDE_FILES, SLOW_FILES
 
 # Raise it whenever the same input would give other ids, masks or counts.
-CODE_VERSION = 1
+CODE_VERSION = 2
 SETTLED_NS = 2_000_000_000
 
 
@@ -60,7 +60,7 @@ def file_digest(path: Path) -> str:
 def source_key(source: Source) -> Any:
     """What stands for a source's content.
 
-    A hub id is looked up through `datasets` for the files it stands for on this machine.
+    A hub id is looked up through `datasets` for the files it stands for, fetched to this machine.
     """
     if source.hub_id is not None:
         return _hub_files(source.hub_id, source.revision)
@@ -73,8 +73,13 @@ def source_key(source: Source) -> Any:
 
 
 def _hub_files(hub_id: str, revision: str | None) -> Any:
+    from trainers.hub import train_files
     from trainers.sources import load_hub
 
+    files = train_files(hub_id, revision)
+    if files is not None:
+        named = [[file.name.lower().split(".", 1)[-1], file_digest(file.path)] for file in files]
+        return [hub_id, revision, named]
     rows = load_hub(hub_id, revision)
     stats = [(entry["filename"], os.stat(entry["filename"])) for entry in rows.cache_files]
     return [hub_id, revision, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
@@ -119,9 +124,10 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         fill(temporary)
         os.rename(temporary, target)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         if not target.is_dir():
             raise _unwritable(error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _unwritable(error: OSError) -> DataError:

@@ -1,5 +1,6 @@
 """What a user says about the data: everything that decides which tokens are trained."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from trainers.records import DataError
 
 TRUNCATIONS = ("drop", "cut")
 BAD_ROW_POLICIES = ("error", "drop")
+SYSTEM_ROLES = ("template", "fold")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +16,8 @@ class DataSpec:
     """Everything that decides which tokens are trained and which are held out.
 
     Args:
-        data: file, folder or hub id (`owner/name`, `owner/name:subset`).
+        data: file, folder or hub id (`owner/name`, `owner/name:subset`); or several, each with its
+            weight: how often its rows stand in an epoch (0.5: half of them, by content hash).
         model: whose tokenizer: folder or hub id; None is the base that Tenfold ships.
         columns: role -> column, e.g. {"prompt": "question", "completion": "answer"}.
         format: row shape (rows.FORMATS), where the first row does not tell.
@@ -26,11 +29,15 @@ class DataSpec:
         revision, data_revision: hub revisions of the model and of the data.
         completion_only: loss on completions and assistant turns; else on every token.
         bad_rows: rows that cannot be used are an error, or are left out and counted (drop).
+        system_role: a leading system message goes to the chat template, or is folded into the first
+            user turn (fold).
+        packing: several rows in one sequence of seq_len, without attention across them.
+        retention: file, folder or hub id of general text whose loss is followed; never trained.
     Raises:
         DataError: a value outside these.
     """
 
-    data: str
+    data: str | Mapping[str, float]
     model: str | None = None
     columns: Mapping[str, str] | None = None
     format: str | None = None
@@ -42,21 +49,33 @@ class DataSpec:
     data_revision: str | None = None
     completion_only: bool = True
     bad_rows: str = "error"
+    system_role: str = "template"
+    packing: bool = False
+    retention: str | None = None
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Each file, folder or hub id of the data with its weight."""
+        return {self.data: 1.0} if isinstance(self.data, str) else dict(self.data)
 
     def __post_init__(self) -> None:
+        if not self.weights or not all(0 < weight < math.inf for weight in self.weights.values()):
+            raise DataError(
+                f"data must be a file, or files with weights above 0, got {self.data!r}"
+            )
         if self.seq_len < 2:
             raise DataError(f"seq_len (max_length) must be >= 2, got {self.seq_len}")
-        if self.truncation not in TRUNCATIONS:
-            raise DataError(
-                f"truncation must be one of {', '.join(TRUNCATIONS)}, got {self.truncation!r}"
-            )
-        if self.bad_rows not in BAD_ROW_POLICIES:
-            raise DataError(
-                f"bad_rows must be one of {', '.join(BAD_ROW_POLICIES)}, got {self.bad_rows!r}"
-            )
+        _require_one_of("truncation", self.truncation, TRUNCATIONS)
+        _require_one_of("bad_rows", self.bad_rows, BAD_ROW_POLICIES)
+        _require_one_of("system_role", self.system_role, SYSTEM_ROLES)
         if not isinstance(self.eval, str) and not 0 < self.eval < 1:
             raise DataError(f"eval must be a fraction between 0 and 1, or a file, got {self.eval}")
         if self.columns or self.format:
             from trainers.rows import check_columns  # what a plan with a known count need not pay
 
             check_columns(self.columns or {}, self.format)
+
+
+def _require_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise DataError(f"{name} must be one of {', '.join(known)}, got {value!r}")

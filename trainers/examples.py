@@ -10,10 +10,13 @@ exactly the completion (field case A12). The spans of a chat are treated alike.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from trainers.chat_notes import ToolSamples, template_notes
+from trainers.data_spec import DataSpec
 from trainers.messages import ChatRow
 from trainers.records import BadRows, DataError, Origin, RowError
 from trainers.rows import CompletionRow, Row, TextRow
@@ -23,8 +26,11 @@ if TYPE_CHECKING:  # jinja2 is loaded only for chat rows
     from trainers.chat_template import ChatTemplate, Rendered
 
 CHUNK_ROWS = 256
+CHUNK_CHARS = 1 << 20
+"""A chunk ends at either: encodings are large (some 100 bytes a token)."""
 
 Span = tuple[int, int]
+Seam = int | tuple[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +87,12 @@ def _piece_bytes(piece: Piece, start: int, stop: int, special_ids: frozenset[int
     return len(piece.text[piece.encoding.token_to_chars(start)[0] : end].encode())
 
 
-def token_span(encoding: Any, start: int, stop: int) -> Span | None:
+def token_span(
+    encoding: Any, start: int, stop: int, text: str, special_ids: frozenset[int]
+) -> Span | None:
     """Token positions that cover exactly the characters start..stop; None where a token straddles
-    either end."""
+    either end. An end token that swallows the space behind it (Phi 3) straddles nothing: what it
+    swallows is no token of its own, here or when it is served."""
     if start >= stop:
         return (len(encoding), len(encoding))
     first, last = encoding.char_to_token(start), encoding.char_to_token(stop - 1)
@@ -92,10 +101,48 @@ def token_span(encoding: Any, start: int, stop: int) -> Span | None:
     # A character of several bytes may be several tokens: the last one ends the span.
     while last + 1 < len(encoding) and encoding.token_to_chars(last + 1)[0] < stop:
         last += 1
-    is_exact = (
-        encoding.token_to_chars(first)[0] == start and encoding.token_to_chars(last)[1] == stop
-    )
+    end = encoding.token_to_chars(last)[1]
+    swallows = encoding.ids[last] in special_ids and text[stop:end].isspace()
+    is_exact = encoding.token_to_chars(first)[0] == start and (end == stop or swallows)
     return (first, last + 1) if is_exact else None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows whose texts are being encoded; `rendered` is None for rows that are no chats."""
+
+    rows: list[tuple[Row, Origin]]
+    rendered: "list[Rendered | None]"
+    encodings: "Future[list[Any]]"
+
+
+def _chunks(rows: Iterable[tuple[Row, Origin]]) -> Iterator[list[tuple[Row, Origin]]]:
+    """Rows in parts that stay small, whatever the length of a row."""
+    chunk: list[tuple[Row, Origin]] = []
+    num_chars = 0
+    for row, origin in rows:
+        chunk.append((row, origin))
+        num_chars += _num_chars(row)
+        if len(chunk) == CHUNK_ROWS or num_chars >= CHUNK_CHARS:
+            yield chunk
+            chunk, num_chars = [], 0
+    if chunk:
+        yield chunk
+
+
+def _num_chars(row: Row) -> int:
+    if isinstance(row, ChatRow):
+        return sum(len(message["content"]) for message in row.messages)
+    return len(_text_of(row, None))
+
+
+def _text_of(row: Row, rendered: "Rendered | None") -> str:
+    if rendered is not None:
+        return rendered.text
+    if isinstance(row, CompletionRow):
+        return row.prompt + row.completion
+    assert isinstance(row, TextRow)
+    return row.text
 
 
 class RowEncoder:
@@ -103,42 +150,74 @@ class RowEncoder:
 
     Args:
         completion_only: train only completions and assistant turns; else every token.
+        fold_system: a leading system message goes into the first user turn.
     """
 
-    def __init__(self, tokenizer: LoadedTokenizer, *, completion_only: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: LoadedTokenizer,
+        *,
+        completion_only: bool = True,
+        fold_system: bool = False,
+    ) -> None:
         self.tokenizer, self.completion_only = tokenizer, completion_only
+        self.fold_system = fold_system
+        self._samples = ToolSamples()
         self._template: ChatTemplate | None = None
+
+    @classmethod
+    def of(cls, spec: DataSpec, tokenizer: LoadedTokenizer) -> "RowEncoder":
+        """The encoder that a spec asks for."""
+        fold_system = spec.system_role == "fold"
+        return cls(tokenizer, completion_only=spec.completion_only, fold_system=fold_system)
 
     def encode(
         self, rows: Iterable[tuple[Row, Origin]], bad: BadRows
-    ) -> Iterator[tuple[Row, TokenizedRow]]:
-        """Rows with their tokens, in order; a row that the chat template refuses goes to `bad`."""
-        stream = iter(rows)
-        while chunk := list(islice(stream, CHUNK_ROWS)):
-            encoded = self._encode_chunk(chunk, bad)
-            pairs = zip((row for row, _ in chunk), encoded, strict=True)
-            yield from ((row, tokens) for row, tokens in pairs if tokens is not None)
+    ) -> Iterator[tuple[Row, Origin, TokenizedRow]]:
+        """Rows with their places and tokens, in order; a row that the chat template refuses goes to
+        `bad`. The next chunk is read and rendered while the tokenizer, which needs no Python, works
+        on this one with all cores."""
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            waiting: Chunk | None = None
+            for kept in _chunks(rows):
+                chunk = self._started(kept, bad, thread)
+                if waiting is not None:
+                    yield from self._finished(waiting)
+                waiting = chunk
+            if waiting is not None:
+                yield from self._finished(waiting)
 
-    def _encode_chunk(
-        self, chunk: list[tuple[Row, Origin]], bad: BadRows
-    ) -> list[TokenizedRow | None]:
-        """One entry a row, None for those that went to `bad`; each kind of row is one batch."""
-        texts = [r for r, _ in chunk if isinstance(r, TextRow)]
-        pairs = [r for r, _ in chunk if isinstance(r, CompletionRow)]
-        chats = [(r, origin) for r, origin in chunk if isinstance(r, ChatRow)]
-        queues: dict[type, Iterator[TokenizedRow | None]] = {
-            TextRow: self._encode_texts(texts),
-            CompletionRow: self._encode_pairs(pairs),
-            ChatRow: self._encode_chats(chats, bad),
-        }
-        return [next(queues[type(row)]) for row, _ in chunk]
+    def _started(
+        self, rows: list[tuple[Row, Origin]], bad: BadRows, thread: ThreadPoolExecutor
+    ) -> Chunk:
+        """Renders what needs rendering, and lets the texts be encoded."""
+        kept: list[tuple[Row, Origin]] = []
+        rendered: list[Rendered | None] = []
+        for row, origin in rows:
+            shown = self._rendered(row, origin, bad) if isinstance(row, ChatRow) else None
+            if shown is not None or not isinstance(row, ChatRow):
+                kept.append((row, origin))
+                rendered.append(shown)
+        texts = [_text_of(row, shown) for (row, _), shown in zip(kept, rendered, strict=True)]
+        return Chunk(kept, rendered, thread.submit(self._batch, texts))
+
+    def _finished(self, chunk: Chunk) -> Iterator[tuple[Row, Origin, TokenizedRow]]:
+        encodings = chunk.encodings.result()
+        seams = self._seams(chunk, encodings)
+        for (row, origin), shown, encoding, seam in zip(
+            chunk.rows, chunk.rendered, encodings, seams, strict=True
+        ):
+            if shown is not None:
+                yield row, origin, self._chat(shown, encoding)
+            elif isinstance(row, CompletionRow):
+                yield row, origin, self._pair(row, encoding, seam)
+            elif isinstance(row, TextRow):
+                yield row, origin, self._text(row, encoding)
 
     def _batch(self, texts: Sequence[str]) -> list[Any]:
-        return (
-            self.tokenizer.encoder.encode_batch(list(texts), add_special_tokens=False)
-            if texts
-            else []
-        )
+        if not texts:
+            return []
+        return self.tokenizer.encoder.encode_batch(list(texts), add_special_tokens=False)
 
     def _prefix(self, ids: Sequence[int]) -> list[int]:
         """What still has to stand before ids, so that the tokenizer's prefix stands there once."""
@@ -148,29 +227,35 @@ class RowEncoder:
     def _end(self, ids: Sequence[int]) -> list[int]:
         return [] if ids and ids[-1] == self.tokenizer.eos_id else [self.tokenizer.eos_id]
 
-    def _encode_texts(self, rows: list[TextRow]) -> Iterator[TokenizedRow]:
-        for row, encoding in zip(rows, self._batch([r.text for r in rows]), strict=True):
-            body = encoding.ids
-            prefix = self._prefix(body)
-            ids = [*prefix, *body, *self._end(body)]
-            yield TokenizedRow(
-                ids, ((1, len(ids)),), (Piece(row.text, encoding, len(prefix)),), is_text=True
-            )
+    def _text(self, row: TextRow, encoding: Any) -> TokenizedRow:
+        body = encoding.ids
+        prefix = self._prefix(body)
+        ids = [*prefix, *body, *self._end(body)]
+        piece = Piece(row.text, encoding, len(prefix))
+        return TokenizedRow(ids, ((1, len(ids)),), (piece,), is_text=True)
 
-    def _encode_pairs(self, rows: list[CompletionRow]) -> Iterator[TokenizedRow]:
-        joint = self._batch([r.prompt + r.completion for r in rows])
-        seams = [len(r.prompt) for r in rows]
-        ends = [len(r.prompt) + len(r.completion) for r in rows]
-        spans = [token_span(*each) for each in zip(joint, seams, ends, strict=True)]
-        apart = [r for r, span in zip(rows, spans, strict=True) if span is None]
-        parts = iter(self._batch([text for r in apart for text in (r.prompt, r.completion)]))
-        for row, encoding, span in zip(rows, joint, spans, strict=True):
-            if span is None:
-                yield self._completion(
-                    [(row.prompt, next(parts)), (row.completion, next(parts))], None
-                )
-            else:
-                yield self._completion([(row.prompt + row.completion, encoding)], span[0])
+    def _seams(self, chunk: Chunk, encodings: list[Any]) -> list[Seam | None]:
+        """Of each pair the first token of its completion, or, where a token straddles the seam, the
+        encodings of both parts; None for other rows. The parts of a chunk are one more batch."""
+        seams: list[Seam | None] = [None] * len(encodings)
+        apart: list[int] = []
+        for at, ((row, _), encoding) in enumerate(zip(chunk.rows, encodings, strict=True)):
+            if isinstance(row, CompletionRow):
+                text, start = row.prompt + row.completion, len(row.prompt)
+                span = token_span(encoding, start, len(text), text, self.tokenizer.special_ids)
+                seams[at] = span[0] if span else None
+                apart += [] if span else [at]
+        pairs = [row for at in apart if isinstance(row := chunk.rows[at][0], CompletionRow)]
+        parts = self._batch([text for row in pairs for text in (row.prompt, row.completion)])
+        for at, seam in zip(apart, zip(parts[::2], parts[1::2], strict=True), strict=True):
+            seams[at] = seam
+        return seams
+
+    def _pair(self, row: CompletionRow, encoding: Any, seam: Seam | None) -> TokenizedRow:
+        if isinstance(seam, tuple):
+            texts = (row.prompt, row.completion)
+            return self._completion(list(zip(texts, seam, strict=True)), None)
+        return self._completion([(row.prompt + row.completion, encoding)], seam)
 
     def _completion(self, parts: list[tuple[str, Any]], first: int | None) -> TokenizedRow:
         """A prompt/completion row from one joint encoding, or from two; `first` is the completion's
@@ -182,12 +267,12 @@ class RowEncoder:
         return TokenizedRow(ids, spans, pieces)
 
     def _joined(self, parts: list[tuple[str, Any]]) -> tuple[list[int], tuple[Piece, ...]]:
-        body = [i for _, encoding in parts for i in encoding.ids]
-        ids = self._prefix(body)
+        bodies = [encoding.ids for _, encoding in parts]
+        ids = self._prefix(next(filter(None, bodies), []))
         pieces = []
-        for text, encoding in parts:
+        for (text, encoding), body in zip(parts, bodies, strict=True):
             pieces.append(Piece(text, encoding, len(ids)))
-            ids += encoding.ids
+            ids += body
         return ids, tuple(pieces)
 
     @property
@@ -208,7 +293,10 @@ class RowEncoder:
             added = self.tokenizer.encoder.get_added_tokens_decoder().values()
             markers = [token.content for token in added]
             self._template = ChatTemplate(
-                self.tokenizer.chat_template, self.tokenizer.special_tokens, markers
+                self.tokenizer.chat_template,
+                self.tokenizer.special_tokens,
+                markers,
+                fold_system=self.fold_system,
             )
         return self._template
 
@@ -217,34 +305,29 @@ class RowEncoder:
         lines = []
         if not self.tokenizer.pad_source.startswith("pad token"):
             lines.append(f"batches are padded with the {self.tokenizer.pad_source}")
-        if self._template is not None and self._template.wrote_tools_as_text:
-            lines.append(
-                "the chat template has no place for tools: schemas are written into the system"
-                " message,"
-                " calls as <tool_call>{json}</tool_call>"
-            )
-        return lines
-
-    def _encode_chats(
-        self, rows: list[tuple[ChatRow, Origin]], bad: BadRows
-    ) -> Iterator[TokenizedRow | None]:
-        rendered = [self._rendered(row, origin, bad) for row, origin in rows]
-        encodings = iter(self._batch([r.text for r in rendered if r is not None]))
-        for each in rendered:
-            yield None if each is None else self._chat(each, next(encodings))
+        if self._template is not None:
+            lines += template_notes(self._template, self.tokenizer)
+        return lines + self._samples.lines()
 
     def _rendered(self, row: ChatRow, origin: Origin, bad: BadRows) -> "Rendered | None":
         try:
-            rendered = self.template.assistant_spans(row)
+            if self.completion_only:
+                rendered = self.template.assistant_spans(row)
+            else:
+                from trainers.chat_template import Rendered
+
+                rendered = Rendered(text=self.template.text(row), spans=())
             if self.completion_only and not rendered.spans:
                 raise RowError("must have an assistant message to train on, has none")
         except RowError as error:
             bad.add(origin, str(error))
             return None
+        self._samples.look(row, rendered)
         return rendered
 
     def _chat(self, rendered: "Rendered", encoding: Any) -> TokenizedRow:
-        found = [token_span(encoding, *span) for span in rendered.spans]
+        text, special_ids = rendered.text, self.tokenizer.special_ids
+        found = [token_span(encoding, *span, text, special_ids) for span in rendered.spans]
         exact = [span for span in found if span is not None]
         if len(exact) == len(found):
             ids, pieces = self._joined([(rendered.text, encoding)])
@@ -277,6 +360,10 @@ class FittedRow:
     ids: list[int]
     spans: tuple[Span, ...]
     num_loss_bytes: int
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return sum(stop - start for start, stop in self.spans)
 
 
 def fitted_rows(

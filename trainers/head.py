@@ -87,7 +87,8 @@ class LossHead:
         return total
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
-        return self.decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+        own = {} if batch.positions_BT is None else {"position_ids": batch.positions_BT}
+        return self.decoder(input_ids=batch.ids_BT, use_cache=False, **own).last_hidden_state
 
     def _activate(
         self, slots: tuple[int, ...], chunk: Chunk, dropout: DropoutTokens | None
@@ -153,8 +154,40 @@ def check_head(pack: Pack) -> None:
     expected = pack.model(input_ids=ids, use_cache=False).logits
     hidden = pack.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     got = logit_scaling(pack.model)(output_head(pack.model)(hidden))
+    if not bool(torch.isfinite(expected).all()):
+        raise ValueError(
+            f"{type(pack.model).__name__}: its logits must be finite, they are not in"
+            f" {expected.dtype}; load whole weights, or another dtype"
+        )
     if not torch.allclose(got.float(), expected.float(), rtol=1e-2, atol=1e-2):
         raise ValueError(
             f"{type(pack.model).__name__}: its logits must be its head over its hidden states, they "
             f"differ by {float((got - expected).abs().max()):.3g}; this architecture cannot be trained yet"
+        )
+
+
+@torch.no_grad()
+def check_packing(pack: Pack) -> None:
+    """Runs two examples in one sequence, and looks whether the second sees anything of the first.
+
+    Raises:
+        ValueError: it does, so that the model cannot train on packed sequences.
+    """
+    pack.activate(())
+    ids = torch.arange(1, 13, device=pack.device) % vocabulary_size(pack.model)
+    first, other, second = ids.chunk(3)
+    positions = torch.arange(4, device=pack.device).repeat(2)[None]
+
+    def hidden(*parts: torch.Tensor, **own: torch.Tensor) -> torch.Tensor:
+        out = pack.model.base_model(input_ids=torch.cat(parts)[None], use_cache=False, **own)
+        return out.last_hidden_state[0, -len(second) :]
+
+    packed = hidden(first, second, position_ids=positions)
+    leaks = not torch.equal(packed, hidden(other, second, position_ids=positions))
+    moved = not torch.allclose(packed.float(), hidden(second).float(), rtol=1e-2, atol=1e-2)
+    if leaks or moved:
+        raise ValueError(
+            f"packing: {type(pack.model).__name__} must keep the examples of a sequence apart by their "
+            f"positions, but {'attends across them' if leaks else 'places them differently'};"
+            " set packing: false"
         )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from trainers.adapters import Pack, Slot
-from trainers.batches import Batch, RowSource, Share, example_order
+from trainers.batches import Batch, RowSource, Share, example_order, grouped_order
 from trainers.comm import Comm
 from trainers.composer import ForwardLimits, next_forward
 from trainers.dropout import DropoutTokens, row_keys, row_tokens
@@ -38,6 +38,7 @@ class RunSpec:
         weight_decay: AdamW's.
         max_grad_norm: gradient clip by the adapter's own norm; 0 is no clip.
         seed: of the data order.
+        group_by_length: batches of examples of similar length.
     """
 
     learning_rate: float
@@ -49,6 +50,7 @@ class RunSpec:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     seed: int = 0
+    group_by_length: bool = False
 
     @property
     def num_steps(self) -> int:
@@ -119,7 +121,11 @@ def new_run(pack: Pack, slot_index: int, spec: RunSpec) -> Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A run's state at an evaluation: one row of metrics.jsonl."""
+    """A run's state at an evaluation: one row of metrics.jsonl.
+
+    retention_loss: nats/token on the retention rows; None without any, or where it is not finite (a
+    trial is judged by its eval_loss alone, and JSON has no NaN).
+    """
 
     examples: int
     steps: int
@@ -132,6 +138,7 @@ class Evaluation:
     grad_norm: float
     seconds: float
     peak_bytes: int
+    retention_loss: float | None = None
 
 
 OnEvaluation = Callable[[Run, Evaluation], bool]
@@ -149,11 +156,13 @@ class Trainer:
         *,
         limits: ForwardLimits,
         comm: Comm | None = None,
+        retention: RowSource | None = None,
     ) -> None:
         self.pack, self.train_rows, self.held_out, self.limits = pack, train, held_out, limits
+        self.retention = retention
         self.comm = comm or Comm()
         self.head = LossHead(pack)
-        self._base_loss: tuple[float, float] | None = None
+        self._base_loss: tuple[float, float, float | None] | None = None
 
     def run(self, runs: Sequence[Run], on_evaluation: OnEvaluation) -> None:
         """Trains until no run is running. The state of each run tells how it ended."""
@@ -182,12 +191,19 @@ class Trainer:
 
     def _begin_batch(self, run: Run) -> None:
         stop = min(run.examples + run.spec.global_batch_size, run.spec.num_examples)
-        rows = example_order(len(self.train_rows), run.spec.seed, run.examples, stop)
+        rows = self._rows_of(run, stop)
         lengths, comm = self.train_rows.lengths, self.comm
         run.share = Share.of(rows, lengths, comm.world_rank, comm.world_size)
         run.batch_rows = rows
         run.batch_loss_tokens = int(self.train_rows.loss_tokens[rows].sum())
         run.batch_nats = None
+
+    def _rows_of(self, run: Run, stop: int) -> np.ndarray:
+        spec, rows = run.spec, self.train_rows
+        if spec.group_by_length:
+            size = spec.global_batch_size
+            return grouped_order(rows.lengths, spec.seed, run.examples, stop, size)
+        return example_order(len(rows), spec.seed, run.examples, stop)
 
     def _micro_step(self, chosen: list[Run], rows: list[np.ndarray]) -> None:
         batch = self.train_rows.batch(rows, self.head.max_positions)
@@ -249,18 +265,20 @@ class Trainer:
     def evaluate(self, run: Run, on_evaluation: OnEvaluation) -> None:
         """Evaluates a run and tells; it ends here if its budget is used up, its loss is not finite,
         or the answer is no."""
-        eval_loss, bits_per_byte = self._losses(run)
+        eval_loss, bits_per_byte, retention_loss = self._losses(run)
         if not math.isfinite(eval_loss):
             run.status, run.reason = "diverged", f"eval_loss {eval_loss} at step {run.steps}"
             return
-        evaluation = self._evaluation(run, eval_loss, bits_per_byte)
+        evaluation = self._evaluation(run, eval_loss, bits_per_byte, retention_loss)
         run.since_report.clear()
         if run.examples >= run.spec.num_examples:
             run.status = "finished"
         if not on_evaluation(run, evaluation) and run.status == "running":
             run.status, run.reason = "stopped", "stopped by its scheduler"
 
-    def _evaluation(self, run: Run, eval_loss: float, bits_per_byte: float) -> Evaluation:
+    def _evaluation(
+        self, run: Run, eval_loss: float, bits_per_byte: float, retention_loss: float | None
+    ) -> Evaluation:
         nats, tokens = (
             (sum(part) for part in zip(*run.since_report, strict=True))
             if (run.since_report)
@@ -278,31 +296,45 @@ class Trainer:
             lr=run.last_lr,
             grad_norm=run.grad_norm,
             peak_bytes=self.comm.peak_bytes(self.held_out.device),
+            retention_loss=retention_loss,
         )
 
-    def _losses(self, run: Run) -> tuple[float, float]:
-        """eval_losses of a run. Before its first step every run is the base, which is evaluated once."""
+    def _losses(self, run: Run) -> tuple[float, float, float | None]:
+        """eval_losses and retention_loss of a run. Before its first step every run is the base, which
+        is evaluated once."""
         if run.steps > 0:
-            return self.eval_losses(run)
+            return (*self.eval_losses(run), self.retention_loss(run))
         if self._base_loss is None:
-            self._base_loss = self.eval_losses(None)
+            self._base_loss = (*self.eval_losses(None), self.retention_loss(None))
         return self._base_loss
 
     def eval_losses(self, run: Run | None) -> tuple[float, float]:
         """Held-out loss of a run, or of the base: nats/token and bits/byte, over all loss-bearing
         tokens."""
+        total, rows = self._nats(run, self.held_out), self.held_out
+        tokens, num_bytes = int(rows.loss_tokens.sum()), rows.rows.num_loss_bytes
+        return total / tokens, total / math.log(2) / num_bytes
+
+    def retention_loss(self, run: Run | None) -> float | None:
+        """Loss of a run, or of the base, on the retention rows in nats/token; None where there are
+        none, or it is not finite."""
+        if self.retention is None:
+            return None
+        loss = self._nats(run, self.retention) / int(self.retention.loss_tokens.sum())
+        return loss if math.isfinite(loss) else None
+
+    def _nats(self, run: Run | None, rows: RowSource) -> float:
+        """Nats of a run, or of the base, over all loss-bearing tokens of a set."""
         slot = run.slot_index if run and run.slot.spec is not None else None
-        order = np.argsort(-self.held_out.lengths, kind="stable")
+        order = np.argsort(-rows.lengths, kind="stable")
         share = order[self.comm.world_rank :: self.comm.world_size]
-        nats = torch.zeros((), dtype=torch.float64, device=self.held_out.device)
+        nats = torch.zeros((), dtype=torch.float64, device=rows.device)
         while len(share):
-            height = self.limits.rows(int(self.held_out.lengths[share[0]]))
-            batch = self.held_out.batch([share[:height]], self.head.max_positions)
+            height = self.limits.rows(int(rows.lengths[share[0]]))
+            batch = rows.batch([share[:height]], self.head.max_positions)
             nats += self.head.eval_nats(batch, slot)
             share = share[height:]
-        total = float(self.comm.sum(nats))
-        tokens, num_bytes = int(self.held_out.loss_tokens.sum()), self.held_out.rows.num_loss_bytes
-        return total / tokens, total / math.log(2) / num_bytes
+        return float(self.comm.sum(nats))
 
 
 def _nats_of(run: Run) -> torch.Tensor:

@@ -74,9 +74,12 @@ def _random_rows(count: int, length: int, vocab_size: int) -> TokenizedSet:
     offsets = np.arange(count + 1, dtype=np.int64) * length
     mask = np.ones(count * length, dtype=np.bool_)
     mask[offsets[:-1]] = False
-    bytes_of_rows = np.full(count, length, dtype=np.int64)
     return TokenizedSet(
-        input_ids=ids, loss_mask=mask, offsets=offsets, row_loss_bytes=bytes_of_rows
+        input_ids=ids,
+        loss_mask=mask,
+        offsets=offsets,
+        row_loss_tokens=np.full(count, length - 1, dtype=np.int64),
+        row_loss_bytes=np.full(count, length, dtype=np.int64),
     )
 
 

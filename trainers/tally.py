@@ -6,8 +6,27 @@ from typing import Any
 
 from trainers.audit import Audit
 from trainers.examples import FittedRow, TokenizedRow
-from trainers.records import BadRows
+from trainers.lengths import histogram, percentiles
+from trainers.messages import ChatRow
+from trainers.records import BadRows, Origin
+from trainers.row_digests import RowDigests
 from trainers.rows import CompletionRow, Row, RowShape, TextRow
+
+SIDE_COUNTS = ("rows", "tokens", "loss_tokens", "loss_bytes")
+COUNTED = (
+    "num_rows",
+    "num_too_long",
+    "num_dropped",
+    "num_cut",
+    "num_split",
+    "num_lost_end",
+    "num_empty",
+    "num_blank",
+    "num_unsampled",
+    "num_repeats",
+    "num_tool_rows",
+    "num_tool_calls",
+)
 
 
 @dataclass
@@ -17,15 +36,17 @@ class Side:
     num_rows: int = 0
     num_tokens: int = 0
     num_loss_tokens: int = 0
+    num_new_loss_tokens: int = 0
     num_loss_bytes: int = 0
-    digests: set[bytes] = field(default_factory=set)
+    digests: RowDigests = field(default_factory=RowDigests)
 
-    def add(self, rows: list[FittedRow]) -> None:
+    def add(self, rows: list[FittedRow], copies: int) -> None:
         for row in rows:
-            self.num_rows += 1
-            self.num_tokens += len(row.ids)
-            self.num_loss_tokens += sum(stop - start for start, stop in row.spans)
-            self.num_loss_bytes += row.num_loss_bytes
+            self.num_rows += copies
+            self.num_tokens += copies * len(row.ids)
+            self.num_loss_tokens += copies * row.num_loss_tokens
+            self.num_new_loss_tokens += row.num_loss_tokens if copies else 0
+            self.num_loss_bytes += copies * row.num_loss_bytes
 
 
 @dataclass
@@ -34,12 +55,18 @@ class Tally:
 
     counts: Counter[str] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
+    roles: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
     recognised: bool = False
-    max_row_tokens: int = 0
-    row_tokens: int = 0
     notes: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
     train: Side = field(default_factory=Side)
     eval: Side = field(default_factory=Side)
+
+    @property
+    def max_row_tokens(self) -> int:
+        """Tokens of the longest row as it came; 0 without rows."""
+        return max(self.lengths, default=0)
 
     def note(self, text: str) -> None:
         """Remembers a line once."""
@@ -62,24 +89,39 @@ class Tally:
     def add(
         self,
         row: Row,
+        origin: Origin,
         digest: bytes,
         tokens: TokenizedRow,
         fitted: list[FittedRow],
         side: Side,
+        *,
         seq_len: int,
+        copies: int = 1,
     ) -> None:
-        """Counts one row and what became of it."""
-        num_tokens = len(tokens.ids)
-        self.max_row_tokens = max(self.max_row_tokens, num_tokens)
-        self.row_tokens += num_tokens
+        """Counts one row and what became of it.
+
+        Args: copies: how often its file's weight puts it into an epoch.
+        """
+        self.lengths[len(tokens.ids)] += 1
         self.counts["num_rows"] += 1
         self.counts["num_empty"] += isinstance(row, CompletionRow) and not row.completion
-        self.counts["num_duplicates"] += digest in side.digests
-        side.digests.add(digest)
+        if isinstance(row, ChatRow):
+            self._add_chat(row)
+        if not copies:
+            self.counts["num_unsampled"] += 1
+            return
+        side.digests.add(digest, origin)
         self.counts["num_dropped"] += not fitted
-        if num_tokens > seq_len:
+        self.counts["num_repeats"] += (copies - 1) * len(fitted)
+        if len(tokens.ids) > seq_len:
             self._add_too_long(tokens, fitted)
-        side.add(fitted)
+        side.add(fitted, copies)
+
+    def _add_chat(self, row: ChatRow) -> None:
+        self.counts["num_tool_rows"] += row.tools is not None
+        for message in row.messages:
+            self.roles[message["role"]] += 1
+            self.counts["num_tool_calls"] += len(message.get("tool_calls", ()))
 
     def _add_too_long(self, tokens: TokenizedRow, fitted: list[FittedRow]) -> None:
         self.counts["num_too_long"] += 1
@@ -90,34 +132,32 @@ class Tally:
             end_is_trained = bool(tokens.spans) and tokens.spans[-1][1] > len(fitted[0].ids)
             self.counts["num_lost_end"] += end_is_trained
 
-    def audit(self, bad: BadRows) -> Audit:
+    def audit(self, bad: BadRows, problems: list[str], num_train_sequences: int) -> Audit:
         """The finished audit."""
-        num_tokenized = max(1, self.counts["num_rows"] - self.counts["num_blank"])
+        repeated = [side.digests.repeats() for side in (self.train, self.eval)]
+        overlap = self.eval.digests.shared_with(self.train.digests)
+        num_tokens = sum(length * rows for length, rows in self.lengths.items())
         values: dict[str, Any] = dict(
             **{name: self.counts[name] for name in COUNTED},
             **{f"num_train_{name}": getattr(self.train, f"num_{name}") for name in SIDE_COUNTS},
             **{f"num_eval_{name}": getattr(self.eval, f"num_{name}") for name in SIDE_COUNTS},
+            num_new_loss_tokens=self.train.num_new_loss_tokens,
+            num_train_sequences=num_train_sequences,
             max_row_tokens=self.max_row_tokens,
-            mean_row_tokens=self.row_tokens / num_tokenized,
-            num_overlap=len(self.train.digests & self.eval.digests),
+            mean_row_tokens=num_tokens / max(1, self.lengths.total()),
+            length_percentiles=percentiles(self.lengths),
+            length_histogram=histogram(self.lengths),
+            num_duplicates=sum(found.count for found in repeated),
+            duplicates=tuple(line for found in repeated for line in found.shown),
+            num_overlap=overlap.count,
+            overlaps=overlap.shown,
             num_bad_rows=bad.num_rows,
             shapes=dict(self.shapes),
+            roles=dict(self.roles),
             recognised=self.recognised,
             bad_rows=tuple(bad.shown),
+            problems=tuple(problems),
             notes=tuple(self.notes),
+            files=tuple(self.files),
         )
         return Audit(**values)
-
-
-SIDE_COUNTS = ("rows", "tokens", "loss_tokens", "loss_bytes")
-COUNTED = (
-    "num_rows",
-    "num_too_long",
-    "num_dropped",
-    "num_cut",
-    "num_split",
-    "num_lost_end",
-    "num_empty",
-    "num_blank",
-    "num_duplicates",
-)

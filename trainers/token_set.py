@@ -6,6 +6,7 @@ Shape legend: N tokens of the set, R rows, T positions.
 import hashlib
 import json
 from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,22 @@ from typing import Any
 import numpy as np
 
 from trainers.examples import FittedRow
+from trainers.records import Origin
 
-ARRAYS = ("input_ids", "loss_mask", "offsets", "row_loss_bytes")
+ARRAYS = {
+    "input_ids": np.dtype(np.int32),
+    "loss_mask": np.dtype(np.bool_),
+    "offsets": np.dtype(np.int64),
+    "row_loss_tokens": np.dtype(np.int64),
+    "row_loss_bytes": np.dtype(np.int64),
+}
+TYPE_CODES = {1: "B", 4: "i", 8: "q"}
+"""Of Python's arrays, by bytes: appending to them is faster than to numpy's."""
+ORIGINS = "row_origins"
+"""Where each row was read: [place, number] flattened, int64 [2 R]; places are in set.json."""
+HASHED = ("input_ids", "loss_mask", "offsets")
+BUFFERED_BYTES = 8 << 20
+"""What a builder holds of each array before it writes it out."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,11 +41,13 @@ class Example:
         input_ids: int32 [T].
         loss_mask: bool [T].
         num_loss_bytes: UTF-8 bytes of the loss-bearing text.
+        positions: [T], of each token within its own example where a row holds several; else None.
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     num_loss_bytes: int
+    positions: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,12 +58,14 @@ class TokenizedSet:
         input_ids: int32 [N].
         loss_mask: bool [N].
         offsets: int64 [R + 1]; row i is offsets[i]:offsets[i + 1].
+        row_loss_tokens: int64 [R], the mask's sum over each row.
         row_loss_bytes: int64 [R].
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     offsets: np.ndarray
+    row_loss_tokens: np.ndarray
     row_loss_bytes: np.ndarray
 
     def __len__(self) -> int:
@@ -68,11 +87,10 @@ class TokenizedSet:
         """Tokens of each row, int64 [R]."""
         return np.diff(self.offsets)
 
-    @cached_property
+    @property
     def loss_token_counts(self) -> np.ndarray:
         """Loss-bearing tokens of each row, int64 [R]."""
-        running = np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])
-        return np.diff(running[self.offsets])
+        return self.row_loss_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -80,7 +98,7 @@ class TokenizedSet:
 
     @cached_property
     def num_loss_tokens(self) -> int:
-        return int(np.count_nonzero(self.loss_mask))
+        return int(self.row_loss_tokens.sum())
 
     @cached_property
     def num_loss_bytes(self) -> int:
@@ -89,20 +107,10 @@ class TokenizedSet:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 of ids, mask and row bounds: equal for equal training, whatever file it came
-        from."""
-        digest = hashlib.sha256()
-        for name in ("input_ids", "loss_mask", "offsets"):
-            digest.update(np.ascontiguousarray(getattr(self, name)).data)
-        return digest.hexdigest()
-
-    def save(self, folder: Path) -> None:
-        """Writes the arrays into a folder; the caller renames the folder once it is complete."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ARRAYS:
-            np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
-        facts = {"rows": len(self), "tokens": self.num_tokens, "content_hash": self.content_hash}
-        (folder / "set.json").write_text(json.dumps(facts), encoding="utf-8")
+        """SHA-256 over the hashes of ids, mask and row bounds: equal for equal training, whatever
+        file it came from."""
+        arrays = (np.ascontiguousarray(getattr(self, name)).data for name in HASHED)
+        return _combined(hashlib.sha256(array) for array in arrays)
 
     @classmethod
     def load(cls, folder: Path) -> "TokenizedSet":
@@ -124,30 +132,85 @@ class TokenizedSet:
         return cls(**arrays)
 
 
-class SetBuilder:
-    """Gathers fitted rows into a TokenizedSet."""
+def _combined(digests: Iterable[Any]) -> str:
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
-    def __init__(self) -> None:
-        self._ids, self._mask = array("i"), bytearray()
-        self._offsets, self._bytes = array("q", [0]), array("q")
+
+class ArrayFile:
+    """A .npy file of one dimension that grows; its length is written into the header at the end."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self.dtype, self.length = dtype, 0
+        self.digest = hashlib.sha256()
+        self._stream, self._buffer = path.open("wb"), array(TYPE_CODES[dtype.itemsize])
+        self._header_bytes = self._write_header()
+
+    def _write_header(self) -> int:
+        facts = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self._stream, facts)
+        return self._stream.tell()
+
+    def extend(self, values: Sequence[int]) -> None:
+        """Appends values."""
+        self._buffer.extend(values)
+        self.length += len(values)
+        if len(self._buffer) * self.dtype.itemsize >= BUFFERED_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        self.digest.update(self._buffer)
+        self._stream.write(self._buffer)
+        del self._buffer[:]
+
+    def close(self) -> None:
+        """Writes what is left, and the length."""
+        with self._stream:
+            self._flush()
+            self._stream.seek(0)
+            # numpy pads headers so that an array may grow under the same one.
+            if self._write_header() != self._header_bytes:
+                raise RuntimeError(f"the header of {self._stream.name} grew with its length")
+
+
+class SetBuilder:
+    """Writes fitted rows into a folder as a TokenizedSet; memory holds a bounded part of them.
+
+    The caller renames the folder once it is complete.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.num_rows = folder, 0
+        self._files = {name: ArrayFile(folder / f"{name}.npy", t) for name, t in ARRAYS.items()}
+        self._files["offsets"].extend([0])
+        self._origins = ArrayFile(folder / f"{ORIGINS}.npy", np.dtype(np.int64))
+        self._places: dict[tuple[str, str], int] = {}
 
     def __len__(self) -> int:
-        return len(self._bytes)
+        return self.num_rows
 
-    def add(self, row: FittedRow) -> None:
-        first = len(self._mask)
-        self._ids.extend(row.ids)
-        self._mask.extend(bytes(len(row.ids)))
+    def add(self, row: FittedRow, origin: Origin) -> None:
+        """Appends a row."""
+        files, mask = self._files, bytearray(len(row.ids))
         for start, stop in row.spans:
-            self._mask[first + start : first + stop] = b"\1" * (stop - start)
-        self._offsets.append(len(self._mask))
-        self._bytes.append(row.num_loss_bytes)
+            mask[start:stop] = b"\1" * (stop - start)
+        files["input_ids"].extend(row.ids)
+        files["loss_mask"].extend(mask)
+        files["offsets"].extend([files["input_ids"].length])
+        files["row_loss_tokens"].extend([row.num_loss_tokens])
+        files["row_loss_bytes"].extend([row.num_loss_bytes])
+        place = self._places.setdefault((origin.path, origin.unit), len(self._places))
+        self._origins.extend([place, origin.number])
+        self.num_rows += 1
 
-    def built(self) -> TokenizedSet:
-        """The set; its arrays share the builder's memory, which must not grow afterwards."""
-        return TokenizedSet(
-            input_ids=np.frombuffer(self._ids, dtype=np.int32),
-            loss_mask=np.frombuffer(self._mask, dtype=np.bool_),
-            offsets=np.frombuffer(self._offsets, dtype=np.int64),
-            row_loss_bytes=np.frombuffer(self._bytes, dtype=np.int64),
-        )
+    def close(self) -> None:
+        """Completes the folder."""
+        for file in (*self._files.values(), self._origins):
+            file.close()
+        facts = {
+            "rows": self.num_rows,
+            "tokens": self._files["input_ids"].length,
+            "places": list(self._places),
+            "content_hash": _combined(self._files[name].digest for name in HASHED),
+        }
+        (self.folder / "set.json").write_text(json.dumps(facts), encoding="utf-8")

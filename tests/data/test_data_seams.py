@@ -252,3 +252,24 @@ def test_bos_rule_is_that_of_transformers(adds_bos, config, make_model, train_to
     theirs = transformers.AutoTokenizer.from_pretrained(folder)("some text")["input_ids"]
     loaded = load_tokenizer(folder)
     assert [*loaded.prefix_ids, *loaded.encoder.encode("some text").ids] == theirs
+
+
+def test_end_token_that_swallows_the_line_end_has_the_ids_of_serving(
+    make_model, train_tokenizer, train_all, spec_for, write_rows
+):
+    from tokenizers import AddedToken
+
+    # Phi 3's <|end|> takes the space behind it into its own offsets.
+    tokenizer = train_tokenizer(["<s>", "</s>"], adds_bos=False)
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True, rstrip=True)])
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    folder = make_model("phi", tokenizer=tokenizer, bos_token=None, chat_template=template)
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    ((ids, kept),) = train_all(spec_for(write_rows([{"messages": messages}]), model=folder))
+    served = "<|user|>q<|end|>\n<|assistant|>a<|end|>\n"
+    loaded = load_tokenizer(folder)
+    assert ids == loaded.encoder.encode(served, add_special_tokens=False).ids
+    assert [loaded.encoder.id_to_token(i) for i in kept] == ["a", "<|end|>"]

@@ -5,16 +5,15 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from trainers.data import (
     Audit,
     DataError,
     DataSpec,
-    TokenizedSet,
     cached_audit,
     count_tokens,
     load_tokenizer,
@@ -108,17 +107,6 @@ def test_count_tokens_takes_what_people_hold(model, backend, write_rows):
     assert count_tokens(path, transformers.AutoTokenizer.from_pretrained(model)) == expected
 
 
-def test_tokenized_set_saved_and_loaded_is_equal(model, write_rows, tmp_path):
-    train = prepare_data(DataSpec(data=write_rows(rows(0, 60)), model=model)).train
-    train.save(tmp_path / "set")
-    loaded = TokenizedSet.load(tmp_path / "set")
-    assert loaded.content_hash == train.content_hash
-    assert np.array_equal(loaded.row_loss_bytes, train.row_loss_bytes)
-    assert loaded.example(3).num_loss_bytes == train.example(3).num_loss_bytes
-    with pytest.raises(IndexError):
-        loaded.example(len(loaded))
-
-
 def test_cache_hit_gives_the_audit_and_a_changed_file_or_option_does_not(model, write_rows):
     spec = DataSpec(data=write_rows(rows(0, 60)), model=model)
     assert cached_audit(spec) is None
@@ -133,7 +121,20 @@ def test_cache_hit_gives_the_audit_and_a_changed_file_or_option_does_not(model, 
 
 def test_cache_same_content_under_another_name_is_a_hit(model, write_rows):
     audit = prepare_data(DataSpec(data=write_rows(rows(0, 60)), model=model)).audit
-    assert cached_audit(DataSpec(data=write_rows(rows(0, 60), "copy.jsonl"), model=model)) == audit
+    copy = write_rows(rows(0, 60), "copy.jsonl")
+    found = cached_audit(DataSpec(data=copy, model=model))
+    assert found == replace(audit, files=(copy,))
+
+
+def test_cache_hit_names_the_places_of_the_file_that_is_asked_for(model, write_rows):
+    lines = [*rows(0, 60), {"prompt": None, "completion": "x"}, rows(3, 4)[0]]
+    spec = DataSpec(data=write_rows(lines), model=model, bad_rows="drop")
+    assert prepare_data(spec).audit.bad_rows[0].startswith(f"{spec.data}:61: ")
+    copy = write_rows(lines, "copy.jsonl")
+    with pytest.raises(DataError, match=r"copy\.jsonl:61: prompt must be text"):
+        cached_audit(DataSpec(data=copy, model=model))
+    found = cached_audit(replace(spec, data=copy))
+    assert found.duplicates == (f"{copy}:62 = {copy}:4",)
 
 
 def test_cache_template_is_part_of_the_key(make_model, templates, write_rows):

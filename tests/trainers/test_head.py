@@ -109,6 +109,13 @@ def test_check_head_model_that_changes_its_logits_is_refused():
         check_head(Pack(model))
 
 
+def test_check_head_of_weights_that_are_not_finite_says_so():
+    model = tiny_model()
+    model.lm_head.weight[3, 4] = float("nan")
+    with pytest.raises(ValueError, match=r"logits must be finite, they are not in torch\.float64"):
+        check_head(Pack(model))
+
+
 def test_check_head_family_that_means_another_thing_by_a_known_key_is_refused():
     # HyperCLOVA X multiplies by the logits_scaling that Granite divides by.
     model = built(lambda: (HyperCLOVAXForCausalLM, HyperCLOVAXConfig(**SIZES, logits_scaling=0.5)))

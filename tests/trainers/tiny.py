@@ -23,6 +23,7 @@ TINY_LLAMA = {
 class Row:
     input_ids: np.ndarray
     loss_mask: np.ndarray
+    positions: np.ndarray | None = None
 
 
 class Rows:
