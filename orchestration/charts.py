@@ -5,6 +5,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from orchestration.forgetting import KEY, base_retention
 from orchestration.results import USABLE, TrialRecord
 
 # Okabe-Ito: told apart by the colour-blind, readable on light and dark.
@@ -90,11 +91,25 @@ def _by_rank(group: str) -> tuple[int, str]:
 
 def learning_curves(records: list[TrialRecord]) -> go.Figure:
     """eval_loss against examples seen, one line per trial, from the untouched base on."""
+    return _curves(records, "eval_loss", "Learning curves")
+
+
+def retention_curves(records: list[TrialRecord]) -> go.Figure:
+    """retention_loss against examples seen, one line per trial, from the untouched base on: what lies
+    above the start was forgotten. A gap is a loss that was not finite."""
+    figure = _curves(records, KEY, "Retention: loss on general text")
+    base = next((b for b in map(base_retention, records) if b is not None), None)
+    if base is not None:
+        figure.add_hline(y=base, line={"dash": "dash", "color": GREY})
+    return figure
+
+
+def _curves(records: list[TrialRecord], key: str, title: str) -> go.Figure:
     figure = go.Figure()
     for index, record in enumerate(records):
         figure.add_scatter(
             x=[row["examples"] for row in record.rows],
-            y=[row["eval_loss"] for row in record.rows],
+            y=[row.get(key) for row in record.rows],
             mode="lines+markers",
             name=f"{_short(record)} ({record.status})",
             line={
@@ -103,8 +118,7 @@ def learning_curves(records: list[TrialRecord]) -> go.Figure:
             },
             marker={"size": 6},
         )
-    height = 380 + 16 * len(records)
-    figure = _layout(figure, "Learning curves", "examples", "eval_loss (nats/token)", height)
+    figure = _layout(figure, title, "examples", f"{key} (nats/token)", 380 + 16 * len(records))
     figure.update_layout(legend={"orientation": "h", "y": -0.2 - 0.002 * len(records)})
     return figure
 
@@ -129,15 +143,12 @@ def capacity_chart(plan: dict[str, Any]) -> go.Figure:
         )
     )
     data_bits = max(plan["dataset_bits"], 1)
-    figure.add_hline(y=data_bits, line={"dash": "dash", "color": GREY})
-    # On a log axis an annotation's y is the exponent, and add_hline's own text lands off the chart.
-    label = {
-        "text": f"dataset bits: {data_bits:,}",
-        "xref": "paper",
-        "x": 0.01,
-        "yanchor": "bottom",
-    }
-    figure.add_annotation(y=math.log10(data_bits), showarrow=False, **label)
+    _mark_bits(figure, data_bits, "dataset bits", "bottom")
+    if plan["capacity"]["source"] != "doctrine":
+        by_doctrine = max(plan["capacity"]["doctrine_bits"], 1)
+        _mark_bits(
+            figure, by_doctrine, "by the doctrine", "bottom" if by_doctrine > data_bits else "top"
+        )
     figure = _layout(figure, "Capacity: adapter bits against dataset bits", "", "bits")
     bits = [bar[0] for bar in bars.values()] + [data_bits]
     # One tick a decade: the bars carry their own numbers.
@@ -145,3 +156,16 @@ def capacity_chart(plan: dict[str, Any]) -> go.Figure:
         type="log", dtick=1, range=[math.log10(min(bits) / 2), math.log10(max(bits) * 1.5)]
     )
     return figure
+
+
+def _mark_bits(figure: go.Figure, bits: int, name: str, side: str) -> None:
+    figure.add_hline(y=bits, line={"dash": "dash", "color": GREY})
+    # On a log axis an annotation's y is the exponent, and add_hline's own text lands off the chart.
+    figure.add_annotation(
+        y=math.log10(bits),
+        text=f"{name}: {bits:,}",
+        showarrow=False,
+        xref="paper",
+        x=0.01,
+        yanchor=side,
+    )

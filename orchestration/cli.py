@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tenfold: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # `tenfold plan ... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,7 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
         ("sweep", _sweep, "train the admitted candidates; report.html and the best adapter"),
     ):
         verb = verbs.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
-        verb.add_argument("config", type=Path, help="sweep.yaml")
+        takes = "sweep.yaml, or a data file or folder" if name == "check" else "sweep.yaml"
+        verb.add_argument("config", type=Path, help=takes)
         verb.set_defaults(run=run)
         if name == "sweep":
             verb.add_argument("--name", help="folder name under runs/")
@@ -53,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
             )
         else:
             verb.add_argument("--json", action="store_true", help="print JSON")
+        if name == "check":
+            _add_check_options(verb)
     report = verbs.add_parser("report", help="write report.html again from what is on disk")
     report.add_argument("run_folder", type=Path, help="runs/NAME")
     report.set_defaults(run=_report)
@@ -68,6 +74,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_check_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--model", help="whose tokenizer, for data without a sweep.yaml")
+    verb.add_argument(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="show the first N rows as they are tokenized, what is trained in colour",
+    )
+    verb.add_argument(
+        "--base-loss", action="store_true", help="measure what the base loses on the data"
+    )
 
 
 @contextmanager
@@ -91,15 +111,20 @@ def _planned(config: Path) -> dict[str, Any]:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from orchestration.show import print_json, show_check
+    with _no_collection():
+        from orchestration.check import CheckOptions, checked
+        from orchestration.show import print_json
+        from orchestration.show_check import check_lines
 
-    plan = _planned(args.config)
+    options = CheckOptions(model=args.model, num_shown=args.show, base_loss=args.base_loss)
+    found = checked(args.config, options)
     if args.json:
-        shown = ("name", "data", "dataset_tokens", "dataset_bits", "pitfalls")
-        print_json({key: plan[key] for key in shown})
+        print_json(found)
     else:
-        show_check(plan)
-    return 0
+        print("\n".join(check_lines(found)))
+    for line in found["refusals"]:
+        print(f"tenfold: {line}", file=sys.stderr)
+    return BAD_INPUT if found["refusals"] else 0
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -49,8 +49,9 @@ class SweepConfig(BaseModel):
 
     model: str
     """Folder, hub id, or (for plan) a config.json."""
-    data: str | None = None
-    """File, folder or hub id; dataset_tokens instead is enough for plan."""
+    data: str | dict[str, float] | None = None
+    """File, folder or hub id, or several with weights: {a.jsonl: 1, b.jsonl: 0.5}; dataset_tokens
+    instead is enough for plan."""
     name: str | None = None
     """Folder name under runs/; default: model and data."""
     revision: str | None = None
@@ -65,6 +66,15 @@ class SweepConfig(BaseModel):
     """Hub revision of the data."""
     bad_rows: Literal["error", "drop"] = "error"
     """Rows that cannot be used stop the sweep, or are left out and counted."""
+    system_role: Literal["template", "fold"] = "template"
+    """A leading system message goes to the chat template, or is folded into the first user turn."""
+    packing: bool = False
+    """Several examples in one sequence of seq_len, without attention across them. What examples,
+    eval_every, grace_period and global_batch_size count is then a sequence."""
+    group_by_length: bool = False
+    """Batches of examples of similar length."""
+    retention: str | None = None
+    """General text (file, folder or hub id) whose loss is logged beside eval_loss; never trained."""
     dataset_tokens: PositiveInt | None = None
     """Loss-bearing tokens of one epoch, instead of data."""
     method: Literal["sft", "rl"] = "sft"
@@ -81,8 +91,8 @@ class SweepConfig(BaseModel):
     """Row of the doctrine's rank table, e.g. 7-8B; default: by parameter count."""
     full_ft_learning_rate: Positive | None = None
     """A known full-fine-tuning learning rate; the LoRA prior is 10x it."""
-    capacity: Literal["doctrine"] | Positive = "doctrine"
-    """Bits per loss-bearing token; doctrine: 1."""
+    capacity: Literal["doctrine", "measured"] | Positive = "doctrine"
+    """Bits per loss-bearing token; doctrine: 1; measured: the base's loss on a sample of the data."""
     capacity_policy: Literal["discard", "advisory"] = "discard"
 
     search: Literal["grid", "random", "optuna"] = "grid"
@@ -143,8 +153,12 @@ class SweepConfig(BaseModel):
     def _checked(cls, value: Any, info: ValidationInfo) -> Any:
         # pydantic would take `yes` for 1, and report one problem per alternative of a union.
         key = str(info.field_name)
-        if isinstance(value, bool):
-            raise ValueError(f"{key} must not be true or false, got {value}")
+        is_switch = cls.model_fields[key].annotation is bool
+        if isinstance(value, bool) != is_switch:
+            must = "must" if is_switch else "must not"
+            raise ValueError(f"{key} {must} be true or false, got {value!r}")
+        if key == "data":
+            _check_data(value)
         if key in COUNTS:
             value = _whole(value)
         if value is not None and key == "target":
@@ -197,6 +211,19 @@ def _whole(value: Any) -> Any:
     if isinstance(value, list):
         return [_whole(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _check_data(value: Any) -> None:
+    if value is None or (isinstance(value, str) and value):
+        return
+    weights = value.values() if isinstance(value, dict) else ()
+    numbers = [w for w in weights if isinstance(w, int | float) and not isinstance(w, bool)]
+    usable = [w for w in numbers if 0 < w < math.inf]
+    if not usable or len(usable) < len(value) or not all(isinstance(name, str) for name in value):
+        raise ValueError(
+            "data must be a file, folder or hub id, or several with weights above 0 "
+            f"({{a.jsonl: 1, b.jsonl: 0.5}}), got {value!r}"
+        )
 
 
 def space_overrides(config: SweepConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ def demo_config(name: str | None) -> tuple[SweepConfig, str]:
         name=name or free_name(Path("runs"), "demo"),
         model=str(ASSETS / "tiny-llama"),
         data=str(ASSETS / "demo" / "functions.jsonl"),
+        retention=str(ASSETS / "demo" / "reference.jsonl"),
     )
     return config, source.read_text(encoding="utf-8")
 

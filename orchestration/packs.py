@@ -13,6 +13,7 @@ from cluster.inventory import (
 from cluster.packing import FORWARD_TOKENS, PackPlan, WorkerMemory, pack_plan, worker_memory
 from orchestration.config import SweepConfig
 from orchestration.models import config_path
+from orchestration.planning import epoch_examples
 from trainers.paths import read_json
 from trainers.speed import cpu_name, read_speed, speed_path
 
@@ -89,7 +90,7 @@ def tokens_per_step(plan: "Plan") -> int:
     sizes = {candidate.global_batch_size for candidate in plan.pruned.admitted}
     smallest = min(sizes or set(plan.space.global_batch_size.options))
     rows = -(-smallest // plan.config.workers_per_trial)
-    return max(1, rows * plan.audit.num_train_tokens // plan.audit.num_train_rows)
+    return max(1, rows * plan.audit.num_train_tokens // epoch_examples(plan.config, plan.audit))
 
 
 def measurement(plan: "Plan", demand: TrialDemand) -> dict[str, Any]:
@@ -98,7 +99,8 @@ def measurement(plan: "Plan", demand: TrialDemand) -> dict[str, Any]:
     assert plan.audit is not None
     config = plan.config
     device = "gpu" if demand.gpus_per_worker else f"{cpu_name()} x {demand.cpus_per_worker}"
-    longest = min(plan.audit.max_row_tokens, plan.data_spec.seq_len)
+    seq_len = plan.data_spec.seq_len
+    longest = seq_len if config.packing else min(plan.audit.max_row_tokens, seq_len)
     return {
         "path": str(
             speed_path(

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.placement import split_global_batch
 from orchestration.config import SweepConfig, space_overrides
+from orchestration.measured import Capacity, make_capacity
 from orchestration.models import model_shape
-from search_spaces import doctrine, pitfalls
+from search_spaces import pitfalls
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate, grid_candidates, random_candidates, trial_name
 from search_spaces.capacity import check_capacity
@@ -21,6 +22,7 @@ from search_spaces.pruner import Discarded, PruneResult, cut_rank_domain, prune
 from search_spaces.space import DatasetFacts, build_space
 
 if TYPE_CHECKING:
+    from trainers.base_loss import BaseLoss
     from trainers.data import Audit, DataSpec
 
 DEFAULT_SEQ_LEN = 1024
@@ -43,15 +45,18 @@ class Budget:
 class Plan:
     """A resolved sweep. budget and audit are None where only dataset_tokens was given; domains is
     what capacity left of the ranks before a search draws, empty for a grid; num_proposed is how many
-    candidates Optuna will propose while the sweep runs, 0 for another search."""
+    candidates Optuna will propose while the sweep runs, 0 for another search; retention is what
+    `retention_facts` gives."""
 
     name: str
     config: SweepConfig
     shape: ModelShape
     data_spec: "DataSpec | None"
     audit: "Audit | None"
+    retention: dict[str, Any] | None
     dataset_tokens: int
     dataset_bits: int
+    capacity: Capacity
     space: SearchSpace
     pruned: PruneResult
     domains: tuple[TargetDomain, ...]
@@ -60,9 +65,11 @@ class Plan:
     budget: Budget | None
 
 
-def make_plan(config: SweepConfig) -> Plan:
+def make_plan(config: SweepConfig, known: "BaseLoss | None" = None) -> Plan:
     """Resolves a config: shape, dataset bits, space, every candidate judged, pitfalls.
 
+    Args:
+        known: the base's loss as an earlier plan of the same sweep measured it.
     Raises:
         ValueError: what cannot be planned, in one line; NothingAdmittedError where no candidate can
             hold the data.
@@ -70,10 +77,10 @@ def make_plan(config: SweepConfig) -> Plan:
     shape = model_shape(config.model, config.revision)
     data_spec = make_data_spec(config, shape) if config.data else None
     audit = audit_of(data_spec) if data_spec else None
-    tokens = audit.num_train_loss_tokens if audit else config.dataset_tokens or 0
-    per_token = None if config.capacity == "doctrine" else config.capacity
-    rows = audit.num_train_rows if audit else None
-    facts = DatasetFacts.from_tokens(tokens, per_token or doctrine.BITS_PER_TOKEN.value, rows)
+    tokens = capacity_tokens(audit) if audit else config.dataset_tokens or 0
+    capacity = make_capacity(config, data_spec, tokens, known)
+    rows = epoch_examples(config, audit) if audit else None
+    facts = DatasetFacts.from_tokens(tokens, capacity.bits_per_token, rows)
     space = build_space(
         shape,
         config.method,
@@ -101,8 +108,10 @@ def make_plan(config: SweepConfig) -> Plan:
         shape=shape,
         data_spec=data_spec,
         audit=audit,
+        retention=_retention(data_spec),
         dataset_tokens=tokens,
         dataset_bits=facts.bits,
+        capacity=capacity,
         space=space,
         pruned=pruned,
         domains=domains or (),
@@ -124,8 +133,9 @@ def make_data_spec(config: SweepConfig, shape: ModelShape) -> "DataSpec":
         raise ValueError(
             f"seq_len must be at most the model's context ({context} tokens), got {seq_len}"
         )
+    assert config.data is not None
     return DataSpec(
-        data=str(config.data),
+        data=config.data,
         model=str(tokenizer_folder(config.model, config.revision)),
         columns=config.columns,
         format=config.format,
@@ -135,6 +145,9 @@ def make_data_spec(config: SweepConfig, shape: ModelShape) -> "DataSpec":
         chat_template=config.chat_template,
         data_revision=config.data_revision,
         bad_rows=config.bad_rows,
+        system_role=config.system_role,
+        packing=config.packing,
+        retention=config.retention,
     )
 
 
@@ -143,6 +156,25 @@ def audit_of(spec: "DataSpec") -> "Audit":
     from trainers.data import cached_audit, prepare_data
 
     return cached_audit(spec) or prepare_data(spec).audit
+
+
+def _retention(spec: "DataSpec | None") -> dict[str, Any] | None:
+    if spec is None or spec.retention is None:
+        return None
+    from trainers.retention import retention_facts
+
+    return retention_facts(spec)
+
+
+def capacity_tokens(audit: "Audit") -> int:
+    """Loss-bearing training tokens that an adapter must hold: what is seen again brings no new bits."""
+    return audit.num_new_loss_tokens
+
+
+def epoch_examples(config: SweepConfig, audit: "Audit") -> int:
+    """Examples of an epoch, as budgets and batches count them: rows, or the sequences they are packed
+    into."""
+    return audit.num_train_sequences if config.packing else audit.num_train_rows
 
 
 def rank_domains(
@@ -193,7 +225,7 @@ def make_budget(config: SweepConfig, audit: "Audit") -> Budget:
         ValueError: a grace period beyond the budget.
     """
     num_examples = config.examples or math.ceil(
-        Fraction(str(config.epochs or 1)) * audit.num_train_rows  # 1.1 as written, not as a float
+        Fraction(str(config.epochs or 1)) * epoch_examples(config, audit)  # 1.1 as it was written
     )
     quarter = math.ceil(num_examples / EVALUATIONS_PER_TRIAL)
     eval_every = min(config.eval_every or quarter, num_examples)
@@ -216,8 +248,11 @@ def default_name(config: SweepConfig) -> str:
     # Not Path.stem: the .1-8B of Llama-3.1-8B is no suffix.
     path = Path(config.model)
     model = (path.parent if path.name == "config.json" else path).name.removesuffix(".json")
-    data = re.sub(DATA_SUFFIX, "", Path(config.data).name) if config.data else "plan"
-    parts = [model, data]
+    first, *others = (
+        [config.data] if isinstance(config.data, str) else list(config.data or ["plan"])
+    )
+    parts = [model, re.sub(DATA_SUFFIX, "", Path(first).name)]
+    parts += [f"and-{len(others)}-more"] if others else []
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.")
 
 
@@ -243,12 +278,15 @@ def plan_to_dict(plan: Plan, packs: dict[str, Any] | None = None) -> dict[str, A
         "method": config.method,
         "model": {"name": config.model} | {name: getattr(shape, name) for name in names},
         "data": plan.audit.to_dict() | {"data": config.data} if plan.audit else None,
+        "retention": plan.retention,
         "dataset_tokens": plan.dataset_tokens,
         "dataset_bits": plan.dataset_bits,
+        "capacity": plan.capacity.to_dict(),
         "capacity_policy": config.capacity_policy,
         "defaults": [note._asdict() for note in plan.space.notes],
         "budget": asdict(plan.budget) if plan.budget else None,
         "seq_len": plan.data_spec.seq_len if plan.data_spec else None,
+        "packing": config.packing,
         "engine": config.engine,
         "packs": packs,
         "cut_ranks": [_cut_dict(domain) for domain in plan.domains if domain.cut_lora_ranks],

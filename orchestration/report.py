@@ -7,7 +7,20 @@ from typing import Any
 
 import yaml
 
-from orchestration.charts import capacity_chart, learning_curves, lr_loss_chart
+from orchestration.charts import (
+    capacity_chart,
+    learning_curves,
+    lr_loss_chart,
+    retention_curves,
+)
+from orchestration.forgetting import (
+    base_retention,
+    forgetting,
+    has_retention,
+    retention_sentence,
+    retention_text,
+)
+from orchestration.measured import capacity_sentence
 from orchestration.packs import packs_sentence
 from orchestration.results import TrialRecord, best_trial, read_trials
 from orchestration.show import cut_ranks
@@ -24,7 +37,7 @@ body { font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: v
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 8px; }
 p, li { max-width: 78ch; } .muted { color: var(--muted); } .good { color: var(--good); }
 .bad { color: var(--bad); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px; margin: 20px 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; margin: 20px 0; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; }
 .tile b { display: block; font-size: 22px; } .tile span { color: var(--muted); font-size: 13px; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
@@ -68,6 +81,7 @@ def render(
         _section("Best candidate", _best_yaml(resolved, best)),
         _section(f"Discarded before any trial ({len(plan['discarded'])})", _discarded_table(plan)),
         _section("Pitfalls", _pitfalls(plan)),
+        _section("Capacity", _capacity(plan)),
         _section("Data", _data(plan)),
         _section("Workers", _workers(packs)),
         _section("Where the settings come from", _defaults(plan)),
@@ -100,8 +114,10 @@ def _header(
             "eval_loss of the base",
         ),
         (f"{len(records)} + {len(plan['discarded'])}", f"trials + discarded ({ended})"),
-        (f"{plan['dataset_bits']:,}", "dataset bits (doctrine: 1 per loss-bearing token)"),
+        (f"{plan['dataset_bits']:,}", f"dataset bits ({plan['capacity']['source']})"),
     ]
+    if best and (change := forgetting(best)) is not None:
+        tiles.append((f"{change:+.4f}", "retention_loss of the best over the base's"))
     boxes = "".join(
         f'<div class="tile"><b>{html.escape(b)}</b><span>{html.escape(s)}</span></div>'
         for b, s in tiles
@@ -166,6 +182,8 @@ def _charts(plan: dict[str, Any], records: list[TrialRecord]) -> str:
         ("chart", capacity_chart(plan)),
         ("chart wide", learning_curves(records)),
     ]
+    if has_retention(records):
+        figures.append(("chart wide", retention_curves(records)))
     parts, script = [], True
     for css, figure in figures:
         # plotly's script goes in once, whole: the page must work without a network.
@@ -199,38 +217,56 @@ def _table(headers: list[tuple[str, bool]], rows: list[tuple[str, list[str]]]) -
 
 
 def _trials_table(records: list[TrialRecord], best: TrialRecord | None) -> str:
+    retained = has_retention(records)
     headers = [
         ("trial", False),
         ("rank", True),
         ("learning_rate", True),
         ("batch", True),
         ("status", False),
-    ]
-    headers += [
         ("eval_loss", True),
         ("bits/byte", True),
         ("at examples", True),
+        *([("retention (over base)", True)] if retained else []),
         ("seconds", True),
         ("reason", False),
     ]
-    rows = []
-    for record in records:
-        c, top = record.candidate, record.best
-        numbers = (
-            [f"{top['eval_loss']:.4f}", f"{top['eval_bits_per_byte']:.4f}", f"{top['examples']:,}"]
-            if top
-            else ["", "", ""]
-        )
-        seconds = f"{record.rows[-1]['seconds']:.1f}" if record.rows else ""
-        cells = [
-            record.name,
-            str(c["lora_rank"]),
-            f"{c['learning_rate']:.2e}",
-            str(c["global_batch_size"]),
-        ]
-        cells += [record.status, *numbers, seconds, record.reason]
-        rows.append(("chosen" if best and record.name == best.name else "", cells))
-    return _table(headers, rows)
+    rows = [
+        ("chosen" if best and record.name == best.name else "", _trial_cells(record, retained))
+        for record in records
+    ]
+    return _table(headers, rows) + _retention_note(records)
+
+
+def _trial_cells(record: TrialRecord, retained: bool) -> list[str]:
+    c, top = record.candidate, record.best
+    candidate = [str(c["lora_rank"]), f"{c['learning_rate']:.2e}", str(c["global_batch_size"])]
+    numbers = (
+        [f"{top['eval_loss']:.4f}", f"{top['eval_bits_per_byte']:.4f}", f"{top['examples']:,}"]
+        if top
+        else ["", "", ""]
+    )
+    retention = [retention_text(record)] if retained else []
+    seconds = f"{record.rows[-1]['seconds']:.1f}" if record.rows else ""
+    return [
+        record.name,
+        *candidate,
+        record.status,
+        *numbers,
+        *retention,
+        seconds,
+        record.reason,
+    ]
+
+
+def _retention_note(records: list[TrialRecord]) -> str:
+    base = next((b for b in map(base_retention, records) if b is not None), None)
+    if base is None:
+        return ""
+    return (
+        f'<p class="muted">retention_loss is the loss on the retention set, {base:.4f} for the untouched '
+        "base: what is above it was forgotten. It chooses nothing.</p>"
+    )
 
 
 def _best_yaml(resolved: dict[str, Any], best: TrialRecord | None) -> str:
@@ -292,6 +328,12 @@ def _pitfalls(plan: dict[str, Any]) -> str:
     return _table(headers, rows)
 
 
+def _capacity(plan: dict[str, Any]) -> str:
+    tokens, bits = plan["dataset_tokens"], plan["dataset_bits"]
+    counted = f"{tokens:,} loss-bearing tokens count for {bits:,} bits"
+    return f"<p>{html.escape(f'{counted}: {capacity_sentence(plan)}.')}</p>"
+
+
 def _data(plan: dict[str, Any]) -> str:
     if plan["data"] is None:
         return "<p>Not given.</p>"
@@ -300,6 +342,9 @@ def _data(plan: dict[str, Any]) -> str:
         for key, value in plan["data"].items()
         if value not in (None, [], {})
     ]
+    if plan["retention"]:
+        sentence = retention_sentence(plan["retention"])
+        rows.append(("", ["retention", sentence.removeprefix("retention: ")]))
     return _table([("", False), ("", False)], rows)
 
 

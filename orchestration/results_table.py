@@ -2,21 +2,15 @@
 
 from rich.console import Console
 
+from orchestration.forgetting import KEY, base_retention, has_retention, retention_text
 from orchestration.results import TrialRecord
 from orchestration.show import text_table
 from trainers.paths import RunPaths
 
-HEADERS = (
-    "rank",
-    "learning_rate",
-    "batch",
-    "at examples",
-    "eval_loss",
-    "bits/byte",
-    "status",
-    "target",
-    "",
-)
+CANDIDATE = ("rank", "learning_rate", "batch")
+SCORES = ("at examples", "eval_loss", "bits/byte")
+RETENTION = ("retention (over base)",)
+ENDS = ("status", "target", "")
 
 
 def show_results(
@@ -31,17 +25,31 @@ def show_results(
     lines = [
         f"{run.root.name}: {len(records)} trials, {num_discarded} candidates discarded before any trial"
     ]
-    rows = [_cells(record, best) for record in records]
-    lines.append(text_table(HEADERS, rows, numeric=6))
+    lines.append(_table(records, best))
     lines += [f"{record.name}: {record.reason}" for record in records if record.reason]
-    base = next((record.base_loss for record in records if record.base_loss is not None), None)
-    lines += [f"eval_loss of the untouched base: {base:.4f}"] if base is not None else []
+    lines += _base_lines(records)
     lines.append(f"report: {run.report}")
     lines.append(f"best adapter: {run.best}" if best else "no trial ended with a usable score")
     console.print("\n".join(lines), markup=False, soft_wrap=True)
 
 
-def _cells(record: TrialRecord, best: TrialRecord | None) -> tuple[str, ...]:
+def _base_lines(records: list[TrialRecord]) -> list[str]:
+    """Losses of the untouched base, which every trial that began has measured."""
+    lines = []
+    for name, of_record in (("eval_loss", lambda r: r.base_loss), (KEY, base_retention)):
+        loss = next((of_record(r) for r in records if of_record(r) is not None), None)
+        lines += [f"{name} of the untouched base: {loss:.4f}"] if loss is not None else []
+    return lines
+
+
+def _table(records: list[TrialRecord], best: TrialRecord | None) -> str:
+    retained = RETENTION if has_retention(records) else ()
+    numbers = (*CANDIDATE, *SCORES, *retained)
+    rows = [_cells(record, best, bool(retained)) for record in records]
+    return text_table((*numbers, *ENDS), rows, numeric=len(numbers))
+
+
+def _cells(record: TrialRecord, best: TrialRecord | None, retained: bool) -> tuple[str, ...]:
     c, top = record.candidate, record.best
     candidate = (str(c["lora_rank"]), f"{c['learning_rate']:.2e}", str(c["global_batch_size"]))
     scores = ("", "", "")
@@ -51,5 +59,6 @@ def _cells(record: TrialRecord, best: TrialRecord | None) -> tuple[str, ...]:
             f"{top['eval_loss']:.4f}",
             f"{top['eval_bits_per_byte']:.4f}",
         )
+    retention = (retention_text(record),) if retained else ()
     mark = "<- best" if best and record.name == best.name else ""
-    return (*candidate, *scores, record.status, "+".join(c["target"]), mark)
+    return (*candidate, *scores, *retention, record.status, "+".join(c["target"]), mark)

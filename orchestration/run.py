@@ -8,13 +8,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from cluster.inventory import local_inventory
 from orchestration.config import SweepConfig, make_config
 from orchestration.exit_codes import INTERRUPTED, NO_RESULT
+from orchestration.measured import measured_of
 from orchestration.models import require_weights
 from orchestration.packs import local_packs, packs_sentence, plan_packs
 from orchestration.planning import Plan, make_plan, plan_to_dict, run_name
@@ -22,6 +23,9 @@ from orchestration.progress import Progress
 from orchestration.results_table import show_results
 from orchestration.show import cut_ranks
 from trainers.paths import RunPaths, read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from trainers.base_loss import BaseLoss
 
 PACKAGES = ("tenfold", "ray", "torch", "transformers", "peft", "bitsandbytes", "tokenizers")
 TOKENIZER_FILES = (
@@ -79,7 +83,8 @@ def resume_sweep(folder: Path, address: str | None) -> int:
     values = read_json(run.resolved)["config"] | {"name": folder.resolve().name}
     values |= {"storage": str(folder.parent)} | ({"address": address} if address else {})
     plan = _checked_plan(
-        make_config({k: v for k, v in values.items() if v is not None}, str(folder))
+        make_config({k: v for k, v in values.items() if v is not None}, str(folder)),
+        measured_of(read_json(run.plan)),
     )
     _require_same_plan(run, plan)
     console = Console(highlight=False)
@@ -87,12 +92,12 @@ def resume_sweep(folder: Path, address: str | None) -> int:
     return _train(plan, run, console, lambda: None)
 
 
-def _checked_plan(config: SweepConfig) -> Plan:
-    """A plan that can be trained here."""
+def _checked_plan(config: SweepConfig, known: "BaseLoss | None" = None) -> Plan:
+    """A plan that can be trained here. known: the base's loss, where an earlier plan measured it."""
     require_weights(config.model)
     _require_supported(config)
     inventory = local_inventory() if config.address is None else None
-    plan = make_plan(config)
+    plan = make_plan(config, known)
     _require_trainable(plan)
     if inventory:
         plan_packs(plan, inventory)
@@ -102,7 +107,15 @@ def _checked_plan(config: SweepConfig) -> Plan:
 def _require_same_plan(run: RunPaths, plan: Plan) -> None:
     """A resumed sweep trains what was planned, on data that did not change."""
     was, now = read_json(run.plan), plan_to_dict(plan)
-    for key in ("candidates", "num_proposed", "dataset_bits", "budget", "seq_len", "data"):
+    for key in (
+        "candidates",
+        "num_proposed",
+        "dataset_bits",
+        "budget",
+        "seq_len",
+        "data",
+        "retention",
+    ):
         if was[key] != now[key]:
             raise ValueError(
                 f"{run.plan}: a resumed sweep must plan the same {key}, the data, the model or Tenfold "

@@ -9,7 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from orchestration.forgetting import retention_sentence
+from orchestration.measured import capacity_sentence
 from orchestration.packs import packs_sentence
+from orchestration.show_audit import short_lines
 
 MAX_LISTED = 20
 """Candidates of a kind that a terminal lists; the JSON has all of them."""
@@ -33,14 +36,20 @@ def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]], numeric: i
     )
 
 
-def show_check(plan: dict[str, Any]) -> None:
-    """Data audit and pitfalls."""
-    print("\n".join([*_data(plan), *_bits(plan), *_pitfalls(plan)]))
-
-
 def show_plan(plan: dict[str, Any]) -> None:
     """The whole plan, candidates grouped as the pruner judged them."""
-    parts = (_model, _data, _bits, _budget, _packs, _settings, _candidates, _discarded, _pitfalls)
+    parts = (
+        _model,
+        _data,
+        _bits,
+        _retention,
+        _budget,
+        _packs,
+        _settings,
+        _candidates,
+        _discarded,
+        _pitfalls,
+    )
     print("\n".join(line for part in parts for line in part(plan)))
 
 
@@ -55,38 +64,26 @@ def _model(plan: dict[str, Any]) -> list[str]:
 
 
 def _data(plan: dict[str, Any]) -> list[str]:
-    if not plan["data"]:
-        return []
-    shown = {
-        key: value
-        for key, value in plan["data"].items()
-        if key != "data" and value not in (0, [], {}, None)
-    }
-    rows = [(key.replace("_", " "), _value(value)) for key, value in shown.items()]
-    return [f"data: {plan['data']['data']}", *(f"  {key.ljust(22)} {text}" for key, text in rows)]
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name}: {count:,}" for name, count in value.items())
-    if isinstance(value, list):
-        return ("\n" + " " * 25).join(map(str, value))
-    return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
+    return short_lines(plan["data"] | {"seq_len": plan["seq_len"]}) if plan["data"] else []
 
 
 def _bits(plan: dict[str, Any]) -> list[str]:
     return [
-        f"dataset: {plan['dataset_tokens']:,} loss-bearing tokens = {plan['dataset_bits']:,} bits to hold"
+        f"dataset: {plan['dataset_tokens']:,} loss-bearing tokens = {plan['dataset_bits']:,} bits to hold",
+        f"  {capacity_sentence(plan)}",
     ]
+
+
+def _retention(plan: dict[str, Any]) -> list[str]:
+    return [retention_sentence(plan["retention"])] if plan["retention"] else []
 
 
 def _budget(plan: dict[str, Any]) -> list[str]:
     if not plan["budget"]:
         return []
     budget = plan["budget"]
-    return [
-        f"a trial: {budget['num_examples']:,} examples, evaluated every {budget['eval_every']:,}"
-    ]
+    unit = "sequences" if plan["packing"] else "examples"
+    return [f"a trial: {budget['num_examples']:,} {unit}, evaluated every {budget['eval_every']:,}"]
 
 
 def _packs(plan: dict[str, Any]) -> list[str]:
@@ -132,9 +129,14 @@ def _discarded(plan: dict[str, Any]) -> list[str]:
 
 
 def _pitfalls(plan: dict[str, Any]) -> list[str]:
+    return pitfall_lines(plan["pitfalls"])
+
+
+def pitfall_lines(pitfalls: Iterable[dict[str, Any]]) -> list[str]:
+    """A line for each pitfall, or the one that says that there is none."""
     lines = [
         f"{p['severity']} {p['code']}: {p['evidence']}: {p['symptom']}. Fix: {p['fix']}"
-        for p in plan["pitfalls"]
+        for p in pitfalls
     ]
     return lines or ["no pitfall found"]
 

@@ -13,6 +13,7 @@ METRICS = (
     "train_loss",
     "eval_loss",
     "eval_bits_per_byte",
+    "retention_loss",
     "lr",
     "grad_norm",
     "tokens",

@@ -1,5 +1,6 @@
 """The trials of a run: their dicts, and what of them is left to do."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ class TrialMaker:
             "candidate": candidate.to_dict(),
             "num_examples": budget.num_examples,
             "eval_every": budget.eval_every,
+            "group_by_length": config.group_by_length,
             "micro_batch_size": config.micro_batch_size,
             "max_tokens": self.packs.max_tokens,
             "num_threads": self.demand.cpus_per_worker,
@@ -57,11 +59,13 @@ class TrialMaker:
 
 def _absolute(data: dict[str, Any]) -> dict[str, Any]:
     """Local paths made absolute: a worker's working directory is not the driver's."""
-    paths = ("data", "model", "eval", "chat_template")
+    paths = ("data", "model", "eval", "chat_template", "retention")
     return {key: _absolute_path(value) if key in paths else value for key, value in data.items()}
 
 
 def _absolute_path(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {_absolute_path(path): weight for path, weight in value.items()}
     return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
 
 

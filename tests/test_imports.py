@@ -88,3 +88,14 @@ def test_imports_after_plan_of_data_hold_nothing_heavy_and_once_counted_no_numpy
     assert "tokenizers" in counting
     assert counting & HEAVY == set()
     assert loaded_after(code, tmp_path) & {*HEAVY, "numpy", "tokenizers"} == set()
+
+
+def test_imports_after_plan_of_a_measured_capacity_once_measured_hold_no_torch(tmp_path):
+    rows = [{"prompt": f"{i} plus one?", "completion": f" It is {i + 1}."} for i in range(60)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_config(tmp_path, model=str(BASE), data="data.jsonl", capacity="measured")
+    code = VERB.format(arguments=["plan", "sweep.yaml"])
+    measuring = loaded_after(code, tmp_path)
+    assert {"torch", "transformers"} <= measuring
+    assert "ray" not in measuring
+    assert loaded_after(code, tmp_path) & {*HEAVY, "numpy", "tokenizers", "safetensors"} == set()

@@ -1,8 +1,7 @@
 """The frozen base of a sweep: fp32, bf16 or NF4 (bitsandbytes, double quantization), on CPU or GPU."""
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,32 +14,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from trainers.adapters import PLAIN_LINEARS
+from trainers.base_spec import BaseSpec
 from trainers.speed import cpu_name
 
-Quantization = Literal["nf4", "none"]
-
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseSpec:
-    """Which base, and in which numbers.
-
-    Args:
-        model: folder or hub id.
-        revision: hub revision, or None for its default branch.
-        quantization: "nf4" or "none".
-        dtype: "bf16" or "fp32" ("fp64" for tests): compute type, and storage of what stays
-            unquantized. "auto" is bf16 where the device has it, else fp32.
-        keep_dequantized: hold the NF4 weights dequantized: the same numbers, more memory, and no
-            repeated work. Only where the memory plan has room.
-    """
-
-    model: str
-    revision: str | None = None
-    quantization: Quantization = "nf4"
-    dtype: str = "auto"
-    keep_dequantized: bool = False
 
 
 def pick_device() -> torch.device:

@@ -6,7 +6,7 @@ The doctrine's own snippet imports from here: `count_tokens` and `validate_capac
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -27,14 +27,19 @@ from trainers.composer import ForwardLimits
 from trainers.cpu import keep_freed_memory
 from trainers.data import DataSpec, count_tokens, prepare_data
 from trainers.full import BaseWeights, unfreeze
-from trainers.head import check_head
+from trainers.head import check_head, check_packing
 from trainers.loop import Evaluation, Run, RunSpec, Trainer, new_run
 from trainers.measure import measure_max_tokens
 from trainers.meta_shape import shape_of_config
 from trainers.metrics import best_row
 from trainers.paths import TrialPaths, read_json_lines, write_json, write_json_lines
+from trainers.retention import retention_set
 from trainers.speed import measured_once, read_speed
 from trainers.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from trainers.sequence_packing import PackedSet
+    from trainers.token_set import TokenizedSet
 
 DEFAULT_MAX_TOKENS = 2048
 """Tokens of one forward where nothing was measured."""
@@ -50,6 +55,7 @@ class TrialSpec:
         name: folder name under runs/NAME/trials.
         folder: the trial's folder.
         num_examples, eval_every: in examples.
+        group_by_length: batches of examples of similar length.
         micro_batch_size: most rows of one forward on one worker; None: as many as max_tokens allows.
         max_tokens: of one forward on one worker, over all adapters of a pack.
         num_threads: torch threads of a CPU worker; part of what makes two runs identical.
@@ -62,6 +68,7 @@ class TrialSpec:
     candidate: Candidate
     num_examples: int
     eval_every: int
+    group_by_length: bool = False
     micro_batch_size: int | None = None
     max_tokens: int = DEFAULT_MAX_TOKENS
     num_threads: int = 1
@@ -133,6 +140,7 @@ def run_spec(spec: TrialSpec) -> RunSpec:
         weight_decay=candidate.weight_decay,
         max_grad_norm=candidate.max_grad_norm,
         seed=candidate.seed,
+        group_by_length=spec.group_by_length,
     )
 
 
@@ -151,19 +159,27 @@ class Station:
         self.pack = unfreeze(self.model) if self.full_finetune else Pack(self.model)
         if model is None:
             check_head(self.pack)
+            if spec.data.packing:
+                check_packing(self.pack)
         self.shape = shape_of_config(self.model.config)
         self.trainer = self._trainer(spec)
 
     def _trainer(self, spec: TrialSpec) -> Trainer:
         pad_id = load_tokenizer(spec.data.model, revision=spec.data.revision).pad_id
+        retention = retention_set(spec.data)
+
+        def source(rows: "TokenizedSet | PackedSet") -> RowSource:
+            return RowSource(rows, pad_id, self.model.device)
+
         return Trainer(
             self.pack,
-            RowSource(self.data.train, pad_id, self.model.device),
-            RowSource(self.data.eval, pad_id, self.model.device),
+            source(self.data.train),
+            source(self.data.eval),
             limits=ForwardLimits(
                 max_tokens=spec.max_tokens, micro_batch_size=spec.micro_batch_size
             ),
             comm=self.comm,
+            retention=source(retention.rows) if retention else None,
         )
 
     def measure(self, path: str, lora_rank: int, row_tokens: int) -> dict[str, Any]:
@@ -268,6 +284,8 @@ class Recorder:
 
     def __call__(self, run: Run, evaluation: Evaluation) -> bool:
         row = asdict(evaluation)
+        if self.spec.data.retention is None:
+            del row["retention_loss"]
         # A worker that died right after its first checkpoint evaluates the base once more.
         self.rows = [*(old for old in self.rows if old["examples"] < row["examples"]), row]
         if self.writes:

@@ -19,12 +19,13 @@ down, and the head."""
 
 
 def told(verb: str, config: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Lines that a verb writes to stderr on bad input; checks that it did nothing else."""
+    """Lines that a verb writes to stderr on bad input; checks that it left nothing behind."""
     folder = Path.cwd()
     before = sorted(folder.rglob("*"))
     assert main([verb, str(config)]) == 2
     captured = capsys.readouterr()
-    assert captured.out == ""
+    # check shows what it found in the data even where no sweep could use them.
+    assert captured.out == "" or (verb == "check" and captured.out.startswith("data: "))
     assert sorted(folder.rglob("*")) == before
     assert captured.err.startswith("tenfold: ")
     return captured.err.removeprefix("tenfold: ").splitlines()
@@ -158,6 +159,10 @@ VALUES = {
     ),
     "missing template": ({"chat_template": "no.jinja"}, ["chat_template", "no.jinja"]),
     "missing eval file": ({"eval": "held.jsonl"}, ["held.jsonl"]),
+    "missing retention file": ({"retention": "general.jsonl"}, ["retention: ", "general.jsonl"]),
+    "neither true nor false": ({"packing": "sometimes"}, ["packing must be true or false"]),
+    "unknown system role": ({"system_role": "merge"}, ["system_role", "'merge'"]),
+    "weight of a file": ({"data": {"good.jsonl": 0}}, ["weights above 0", "'good.jsonl': 0"]),
     "unknown column": (
         {"columns": {"prompt": "prompt", "completion": "frage"}},
         ["good.jsonl:1", "frage"],
@@ -196,6 +201,23 @@ def test_bad_capacity_everywhere_gives_the_numbers_and_the_way_out(
     for part in ("UNDERCAPACITY", f"{2 * 64 * PER_RANK:,} bits", f"{64 * PER_RANK:,} params"):
         assert part in line
     assert "capacity_policy: advisory" in line
+
+
+MEASURED = {
+    "no data": ({"data": None, "dataset_tokens": 1000}, ["dataset_tokens", "capacity: doctrine"]),
+    "no weights": ({"model": "model"}, ["model model", "safetensors"]),
+    "a bare config": ({"model": "model/config.json"}, ["model/config.json", "capacity: doctrine"]),
+}
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_bad_capacity_that_cannot_be_measured_says_what_it_needs(write_sweep, base, capsys, case):
+    values, parts = MEASURED[case]
+    for path in base.glob("*.json"):
+        write(f"model/{path.name}", path.read_text())
+    (line,) = told("plan", write_sweep(capacity="measured", **values), capsys)
+    for part in parts:
+        assert part in line
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,13 +42,6 @@ def test_plan_json_is_one_json_value_on_stdout(write_sweep, capsys):
     plan = json.loads(captured.out)
     assert [item["candidate"]["lora_rank"] for item in plan["candidates"]] == [4, 8]
     assert captured.err == ""
-
-
-def test_check_json_holds_data_and_pitfalls(write_sweep, capsys):
-    assert main(["check", str(write_sweep()), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"name", "data", "dataset_tokens", "dataset_bits", "pitfalls"}
-    assert found["data"]["num_rows"] == 60
 
 
 def test_plan_lists_candidates_discarded_and_settings(write_sweep, base, capsys):
@@ -153,6 +149,7 @@ def test_demo_config_is_the_shipped_base_on_the_shipped_rows(workplace, base):
     config, source = demo_config(None)
     assert (config.model, config.name) == (str(base), "demo")
     assert config.data == str(base.parent / "demo" / "functions.jsonl")
+    assert config.retention == str(base.parent / "demo" / "reference.jsonl")
     assert source == (base.parent / "demo" / "sweep.yaml").read_text()
     assert config.quantization == "nf4"
 
@@ -174,3 +171,16 @@ def test_sweep_at_an_address_where_nobody_listens_is_one_line_and_leaves_nothing
     (line,) = capsys.readouterr().err.splitlines()
     assert "address 127.0.0.1:1: no Ray cluster answers" in line
     assert not Path("runs").exists()
+
+
+def test_plan_whose_reader_has_seen_enough_ends_without_a_word(write_sweep):
+    command = f"{sys.executable} -m orchestration.cli plan {write_sweep()} | head -n 1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1

@@ -50,6 +50,11 @@ def problems(load, lines: str, head: str = MINIMAL) -> list[str]:
         ("target: [[attn], [mlp, unembed]]", "target", [["attn"], ["mlp", "unembed"]]),
         ("gpus_per_worker: 0", "gpus_per_worker", 0),
         ("lr_prior: 2e-5", "lr_prior", 0.00002),
+        ("capacity: measured", "capacity", "measured"),
+        ("packing: true", "packing", True),
+        ("group_by_length: no", "group_by_length", False),
+        ("system_role: fold", "system_role", "fold"),
+        ("retention: owner/name", "retention", "owner/name"),
     ],
 )
 def test_load_config_value_as_written_gives_its_meaning(load, line, key, expected):
@@ -67,6 +72,11 @@ def test_load_config_range_in_exponents_gives_numbers(load):
 def test_load_config_dataset_tokens_in_exponents_is_a_whole_number(load):
     config = load("dataset_tokens: 2.0e9", head="model: base\n")
     assert (config.dataset_tokens, type(config.dataset_tokens)) == (2_000_000_000, int)
+
+
+def test_load_config_data_with_weights_keeps_their_order(load):
+    config = load("", head="model: base\ndata: {b.jsonl: 1, a.jsonl: 5e-1}\n")
+    assert list(config.data.items()) == [("b.jsonl", 1.0), ("a.jsonl", 0.5)]
 
 
 def test_load_config_flag_wins_over_the_file_and_none_does_not(load):
@@ -148,6 +158,8 @@ def test_load_config_yaml_that_cannot_be_read_names_its_line(load, lines, expect
             "learning_rate: low must be a finite number, got inf",
         ),
         ("lora_rank: yes", "lora_rank must not be true or false, got True"),
+        ("packing: 1", "packing must be true or false, got 1"),
+        ("packing:", "packing must be true or false, got None"),
         ("num_candidates: true", "num_candidates must not be true or false, got True"),
         (
             "name: runs/mine",

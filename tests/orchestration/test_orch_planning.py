@@ -155,6 +155,26 @@ def test_make_plan_capacity_in_bits_per_token_scales_the_bits(planned):
     assert planned(dataset_tokens=1001, capacity=0.5).dataset_bits == 501  # rounded up
 
 
+def test_make_plan_of_packed_data_counts_steps_in_sequences_and_the_same_tokens(planned):
+    plain, packed = planned(seq_len=128), planned(seq_len=128, packing=True, global_batch_size=2)
+    assert packed.audit == plain.audit
+    assert packed.dataset_tokens == plain.dataset_tokens
+    assert plain.budget.num_examples == 40
+    sequences = packed.audit.num_train_sequences
+    assert sequences < 20
+    assert packed.budget.num_examples == sequences
+    steps = {item["steps"] for item in plan_to_dict(packed)["candidates"]}
+    assert steps == {-(-sequences // 2)}
+
+
+def test_make_plan_of_a_repeated_file_holds_its_bits_once(planned, base, qa_rows):
+    expected = loss_tokens(base, qa_rows(40))
+    plan = planned(data={planned().config.data: 3})
+    assert plan.audit.num_train_loss_tokens == 3 * expected
+    assert plan.dataset_tokens == plan.dataset_bits == expected
+    assert plan.budget.num_examples == 120
+
+
 def test_make_plan_without_data_has_no_budget(planned):
     plan = planned(dataset_tokens=1000)
     assert (plan.budget, plan.audit, plan.data_spec) == (None, None, None)
@@ -290,6 +310,16 @@ def test_make_budget_epochs_are_the_decimal_that_was_written(planned, epochs, ro
 
 def _with_rows(audit, rows: int):
     return type(audit).from_dict(audit.to_dict() | {"num_train_rows": rows})
+
+
+def test_make_plan_packed_budget_counts_sequences_and_the_same_tokens(planned):
+    plain, packed = planned(seq_len=64), planned(seq_len=64, packing=True)
+    assert plain.budget.num_examples == 40
+    assert packed.budget.num_examples == packed.audit.num_train_sequences < 20
+    assert planned(seq_len=64, packing=True, epochs=2).budget.num_examples == (
+        2 * packed.budget.num_examples
+    )
+    assert packed.dataset_bits == plain.dataset_bits
 
 
 def test_make_plan_grace_period_beyond_the_budget_is_refused(planned):

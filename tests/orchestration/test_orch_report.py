@@ -1,5 +1,6 @@
 """report.html from a run's files, opened in headless Chromium."""
 
+import html
 import re
 import shutil
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.report import write_report
-from trainers.paths import RunPaths, write_json, write_json_lines
+from trainers.paths import RunPaths, read_json_lines, write_json, write_json_lines
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -76,8 +77,16 @@ def plan() -> dict:
     return {
         "method": "sft",
         "model": {"name": "m", "num_params": 2_000_000},
+        "dataset_tokens": 50_000,
         "dataset_bits": 50_000,
+        "capacity": {
+            "source": "doctrine",
+            "bits_per_token": 1,
+            "doctrine_bits": 50_000,
+            "measured": None,
+        },
         "data": None,
+        "retention": None,
         "defaults": [{"key": "lora_alpha", "value": "32", "source": "LoRA Without Regret"}],
         "candidates": [{"candidate": candidate(1e-3), "adapter_bits": 80_000}],
         "discarded": [small],
@@ -128,6 +137,68 @@ def test_write_report_tells_the_packs_of_warm_workers_and_that_solo_had_none(run
     assert "Engine solo" not in text
 
 
+def retained(run: RunPaths) -> None:
+    """The same trials with a retention set, which one of them destroys."""
+    losses = {"good": [2.0, 2.1, 2.25], "worse": [2.0, 2.0], "wild": [2.0, None]}
+    for name, each in losses.items():
+        path = run.trial(name).metrics
+        rows = [
+            old | {"retention_loss": loss}
+            for old, loss in zip(read_json_lines(path), each, strict=True)
+        ]
+        write_json_lines(path, rows)
+    facts = {"data": "general.jsonl", "num_rows": 5, "num_loss_tokens": 32_000}
+    facts |= {"num_all_rows": 50, "num_all_loss_tokens": 320_000}
+    write_json(run.plan, plan() | {"data": {"data": "d"}, "retention": facts})
+
+
+def test_write_report_tells_what_was_forgotten_only_where_it_was_measured(run):
+    write_report(run)
+    assert "retention" not in re.sub(r"<script.*?</script>", "", run.report.read_text(), flags=re.S)
+    retained(run)
+    write_report(run)
+    text = run.report.read_text()
+    for part in (
+        "2.2500 (+0.2500)",
+        "2.0000 (+0.0000)",
+        "not finite",
+        "2.0000 for the untouched base",
+        "general.jsonl: 5 of 50 rows, 32,000 of 320,000 loss-bearing tokens",
+        "Retention: loss on general text",
+    ):
+        assert part in text
+
+
+def test_write_report_tells_measured_bits_beside_the_doctrines(run):
+    measured = {
+        "bits_per_token": {"value": 2.5, "low": 2.25, "high": 2.75},
+        "bits_per_byte": {"value": 0.75, "low": 0.7, "high": 0.8},
+        "num_rows": 40,
+        "num_loss_tokens": 3_000,
+        "num_train_rows": 400,
+        "quantization": "nf4",
+        "dtype": "fp32",
+        "device": "CPU X",
+    }
+    capacity = {"source": "measured", "bits_per_token": 2.5, "doctrine_bits": 20_000}
+    write_json(
+        run.plan,
+        plan() | {"dataset_tokens": 20_000, "capacity": capacity | {"measured": measured}},
+    )
+    write_report(run)
+    text = run.report.read_text()
+    for part in (
+        "20,000 loss-bearing tokens count for 50,000 bits",
+        "2.500 (95%: 2.250 to 2.750) bits per loss-bearing token",
+        "0.750 (95%: 0.700 to 0.800) bits/byte",
+        "40 of 400 training rows (3,000 tokens, nf4, fp32, CPU X)",
+        "1 bit/token gives 20,000 bits",
+        "by the doctrine: 20,000",
+        "dataset bits (measured)",
+    ):
+        assert part in html.unescape(text)
+
+
 def test_write_report_without_a_usable_trial_says_so(run):
     for name in ("good", "worse"):
         write_json(
@@ -141,6 +212,7 @@ def test_write_report_without_a_usable_trial_says_so(run):
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize("dark", [False, True])
 def test_write_report_in_chromium_draws_every_chart_without_an_error(run, tmp_path, dark):
+    retained(run)
     write_report(run)
     command = [
         str(CHROMIUM),
@@ -162,7 +234,7 @@ def test_write_report_in_chromium_draws_every_chart_without_an_error(run, tmp_pa
     )
     assert done.returncode == 0
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert len(re.findall(r'<svg class="main-svg"', done.stdout)) >= 3  # one or more per chart
+    assert len(re.findall(r'<svg class="main-svg"', done.stdout)) >= 4  # one or more per chart
     assert done.stdout.count('class="point"') >= 2  # two bars and the markers
-    # LR chart: rank 4, diverged. Curves: all but the trial that failed before its first row.
-    assert len(re.findall(r'class="trace scatter', done.stdout)) == 2 + 3
+    # LR chart: rank 4, diverged. Both curves: all but the trial that failed before its first row.
+    assert len(re.findall(r'class="trace scatter', done.stdout)) == 2 + 3 + 3

@@ -22,23 +22,23 @@ from tests.orchestration.sweeps import (
     told,
 )
 from trainers.base_model import BaseSpec, load_base
-from trainers.data import DataSpec, prepare_data
+from trainers.data import DataSpec, TokenizedSet, prepare_data, prepare_whole
 from trainers.paths import RunPaths
 
 SHARED = ROOT.parent / "shared" / "data"
+REFERENCE = FUNCTIONS.parent / "reference.jsonl"
 
 pytestmark = pytest.mark.ray
 
 
-def loss_by_peft(run: Path, spec: DataSpec) -> float:
-    """eval_loss of best/, computed by PEFT on a freshly quantized base, row by row."""
+def loss_by_peft(run: Path, rows: TokenizedSet) -> float:
+    """Loss of best/, computed by PEFT on a freshly quantized base, row by row."""
     model = PeftModel.from_pretrained(
         load_base(BaseSpec(model=str(BASE), dtype="fp32")), str(run / "best")
     )
-    held_out = prepare_data(spec).eval
     nats = tokens = 0.0
     with torch.no_grad():
-        for example in map(held_out.example, range(len(held_out))):
+        for example in map(rows.example, range(len(rows))):
             ids = torch.tensor(example.input_ids.tolist())
             loss = torch.tensor(example.loss_mask.tolist(), dtype=torch.bool)[1:]
             log_p = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
@@ -56,6 +56,7 @@ def test_sweep_prunes_trains_keeps_the_diverged_and_hands_back_the_best(tmp_path
         max_grad_norm=0,
         examples=96,
         scheduler="fifo",
+        retention=str(REFERENCE),
     )
     assert done.returncode == 0, told(done)
     ended = {name[:2] + name.split("-")[1]: status for name, status in statuses(run).items()}
@@ -65,13 +66,17 @@ def test_sweep_prunes_trains_keeps_the_diverged_and_hands_back_the_best(tmp_path
     plan = json.loads((run / "plan.json").read_text())
     assert [item["candidate"]["lora_rank"] for item in plan["discarded"]] == [1, 1]
     assert len(list((run / "trials").iterdir())) == 2  # a discarded candidate never was a trial
-    trained = [row for row in rows(next((run / "trials").glob("r4-lr3*"))) if row["steps"]]
-    best = min(row["eval_loss"] for row in trained)
+    base, *trained = rows(next((run / "trials").glob("r4-lr3*")))
+    best = min(trained, key=lambda row: row["eval_loss"])
     monkeypatch.setenv("TENFOLD_CACHE", str(tmp_path / "cache"))
     spec = DataSpec(data=str(FUNCTIONS), model=str(BASE))
-    assert loss_by_peft(run, spec) == pytest.approx(best, abs=1e-3)
-    for text in ("report.html", "best adapter", "4 candidates planned, 2 discarded"):
-        assert text in done.stdout
+    assert loss_by_peft(run, prepare_data(spec).eval) == pytest.approx(best["eval_loss"], abs=1e-3)
+    text, _ = prepare_whole(spec, str(REFERENCE))
+    assert loss_by_peft(run, text) == pytest.approx(best["retention_loss"], abs=1e-3)
+    assert abs(best["retention_loss"] - base["retention_loss"]) > 0.01
+    for part in ("report.html", "best adapter", "4 candidates planned, 2 discarded"):
+        assert part in done.stdout
+    assert f"retention_loss of the untouched base: {base['retention_loss']:.4f}" in done.stdout
     assert (run / "report.html").stat().st_size > 1_000_000  # plotly is inside it
     assert not processes_of(tmp_path)
 
@@ -108,9 +113,20 @@ def test_sweep_of_nf4_chooses_the_same_best_packed_and_solo(tmp_path):
     config = {"lora_rank": [4, 16], "learning_rate": [1e-4, 1e-2], "examples": 96}
     found, best = {}, {}
     for engine in ("solo", "packed"):
-        run, done = sweep(tmp_path / engine, engine=engine, scheduler="fifo", **config)
+        run, done = sweep(
+            tmp_path / engine,
+            engine=engine,
+            scheduler="fifo",
+            retention=str(REFERENCE),
+            **config,
+        )
         assert done.returncode == 0, told(done)
-        found[engine] = losses(run)
+        found[engine] = losses(run) | {
+            f"{trial.name} on the retention set": [
+                (row["examples"], row["retention_loss"]) for row in rows(trial)
+            ]
+            for trial in (run / "trials").iterdir()
+        }
         best[engine] = best_trial(read_trials(RunPaths(run)))
     assert best["packed"].name == best["solo"].name
     assert close(found["packed"], found["solo"], 1e-3)

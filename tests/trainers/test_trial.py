@@ -95,14 +95,16 @@ def _work(rank: int, world_size: int, spec: TrialSpec, meeting: str) -> None:
 def test_trial_on_two_workers_equals_one(data_file, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     base = BaseSpec(model=BASE, quantization="none", dtype="fp64")
-    one = train_trial(trial(data_file, tmp_path / "one", base=base), lambda row: True)
-    two = trial(data_file, tmp_path / "two", base=base, micro_batch_size=2)
+    spec = trial(data_file, tmp_path / "one", base=base)
+    spec = replace(spec, data=replace(spec.data, retention=str(data_file)))
+    one = train_trial(spec, lambda row: True)
+    two = replace(spec, name="two", folder=tmp_path / "two", micro_batch_size=2)
     mp.spawn(_work, args=(2, two, f"file://{tmp_path}/meeting"), nprocs=2)
     rows = [json.loads(line) for line in (two.folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == len(one.rows) == 4
     for row, expected in zip(rows, one.rows, strict=True):
-        assert row["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-9)
-        assert row["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-9)
+        for loss in ("eval_loss", "retention_loss", "train_loss"):
+            assert row[loss] == pytest.approx(expected[loss], abs=1e-9)
 
 
 SNIPPET = """

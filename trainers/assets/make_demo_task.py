@@ -1,9 +1,11 @@
-"""Cuts the demo's rows from standard-library modules that the shipped base has not seen.
+"""Cuts the demo's rows from standard-library modules that the shipped base has not seen, and its
+retention set from the language reference, which the base was trained on.
 
-    python -m trainers.assets.make_demo_task --out trainers/assets/demo/functions.jsonl
+    python -m trainers.assets.make_demo_task --out trainers/assets/demo
 
-A row asks for the body of a documented function: prompt is the signature and the docstring, completion
-the body. Written once on CPython 3.11.7 and committed, so that the demo is the same everywhere.
+A row of functions.jsonl asks for the body of a documented function: prompt is the signature and the
+docstring, completion the body. reference.jsonl has the reference's words on some statements. Written
+once on CPython 3.11.7 and committed, so that the demo is the same everywhere.
 """
 
 import argparse
@@ -16,6 +18,8 @@ from pathlib import Path
 from trainers.assets.corpus import unseen_files
 
 MIN_BODY_LINES, MAX_CHARACTERS = 2, 900
+STATEMENTS = ("await", "pass", "continue", "break", "lambda", "while", "yield", "return", "assert")
+"""Topics of the reference in the retention set: about 1,700 tokens, as each evaluation reads them."""
 
 
 def documented_functions(source: str) -> Iterator[tuple[str, str]]:
@@ -46,14 +50,22 @@ def rows() -> Iterator[dict[str, str]]:
                 yield {"prompt": prompt, "completion": body}
 
 
+def reference() -> Iterator[dict[str, str]]:
+    from pydoc_data.topics import topics
+
+    for statement in STATEMENTS:
+        yield {"text": topics[statement]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    out = parser.parse_args().out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    found = list(rows())
-    out.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
-    print(f"{len(found)} rows, {out.stat().st_size:,} bytes")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the two files")
+    folder = parser.parse_args().out
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, found in (("functions", list(rows())), ("reference", list(reference()))):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+        print(f"{path}: {len(found)} rows, {path.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
