@@ -17,8 +17,13 @@ from orchestration.config import load_config
 from orchestration.planning import Plan, make_plan
 from orchestration.results import read_trial
 from search_spaces.candidate import Candidate, trial_name
-from trainers.data_spec import DataSpec
-from trainers.examples import RowEncoder, fitted_rows
+from trainers.data.examples import RowEncoder, fitted_rows
+from trainers.data.records import BadRows
+from trainers.data.row_reader import RowReader
+from trainers.data.rows import CompletionRow, row_digest
+from trainers.data.sources import resolve_source
+from trainers.data.spec import DataSpec
+from trainers.data.tokenizer import load_tokenizer
 from trainers.paths import (
     RunPaths,
     read_json,
@@ -27,11 +32,6 @@ from trainers.paths import (
     write_json_lines,
     write_text,
 )
-from trainers.records import BadRows
-from trainers.row_reader import RowReader
-from trainers.rows import CompletionRow, row_digest
-from trainers.sources import resolve_source
-from trainers.tokenizer import load_tokenizer
 
 HELD_OUT_FRAC = 0.1
 TARGET = ["attn", "mlp"]

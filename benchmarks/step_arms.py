@@ -17,9 +17,9 @@ from trainers.adapters import AdapterSpec, Pack
 from trainers.base_model import BaseSpec, load_base
 from trainers.batches import RowSource, example_order
 from trainers.composer import ForwardLimits
+from trainers.data.token_set import TokenizedSet
 from trainers.full import unfreeze
 from trainers.loop import Run, RunSpec, Trainer, new_run
-from trainers.token_set import TokenizedSet
 
 CONFIG = {"vocab_size": 3072, "max_position_embeddings": 1024, "tie_word_embeddings": True}
 NUM_LAYERS = {128: 4, 256: 4, 512: 2, 1024: 2}

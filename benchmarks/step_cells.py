@@ -30,10 +30,10 @@ from trainers.adapters import Pack
 from trainers.base_model import DTYPES
 from trainers.cpu import keep_freed_memory
 from trainers.data import prepare_data
-from trainers.data_spec import DataSpec
+from trainers.data.spec import DataSpec
+from trainers.data.token_set import TokenizedSet
 from trainers.measure import measure_max_tokens
 from trainers.paths import write_json
-from trainers.token_set import TokenizedSet
 
 ALL_LAYERS, NO_HEAD = ("attn", "mlp", "unembed"), ("attn", "mlp")
 """The doctrine's target; what TRL can train too."""

@@ -10,7 +10,7 @@ from orchestration.planning import make_data_spec, make_plan, plan_to_dict
 from trainers.data import audit_data, near_duplicates_of
 
 if TYPE_CHECKING:
-    from trainers.data_spec import DataSpec
+    from trainers.data.spec import DataSpec
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
 PLAN_KEYS = ("dataset_tokens", "dataset_bits", "capacity", "retention", "pitfalls")
@@ -55,7 +55,7 @@ def checked(path: Path, options: CheckOptions) -> dict[str, Any]:
 
 def data_config(data: Path, model: str | None) -> SweepConfig:
     """The sweep of a data file alone, with the model's tokenizer, else that of the shipped base."""
-    from trainers.tokenizer import SHIPPED_MODEL
+    from trainers.data.tokenizer import SHIPPED_MODEL
 
     return make_config({"data": str(data), "model": model or str(SHIPPED_MODEL)}, str(data))
 
@@ -74,7 +74,7 @@ def _checked_data(spec: "DataSpec", config: SweepConfig, options: CheckOptions) 
     }
     found = {"data": data, "refusals": refusals + list(audit.problems)}
     if options.num_shown:
-        from trainers.preview import shown_rows
+        from trainers.data.preview import shown_rows
 
         found["shown"] = [asdict(row) for row in shown_rows(spec, options.num_shown)]
     if options.base_loss and not audit.problems:

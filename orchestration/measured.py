@@ -11,7 +11,7 @@ from search_spaces.capacity import Real, dataset_bits
 
 if TYPE_CHECKING:
     from trainers.base_loss import BaseLoss
-    from trainers.data_spec import DataSpec
+    from trainers.data.spec import DataSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,8 +124,8 @@ def make_plan(config: SweepConfig, known: "BaseLoss | None" = None) -> Plan:
 def make_data_spec(config: SweepConfig, shape: ModelShape) -> "DataSpec":
     """The data half of a config. seq_len defaults to the model's context, at most 1024."""
     # A plan from a token count reads no data.
-    from trainers.data_spec import DataSpec
-    from trainers.tokenizer import tokenizer_folder
+    from trainers.data.spec import DataSpec
+    from trainers.data.tokenizer import tokenizer_folder
 
     context = shape.max_position_embeddings
     seq_len = config.seq_len or min(context or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
@@ -161,7 +161,7 @@ def audit_of(spec: "DataSpec") -> "Audit":
 def _retention(spec: "DataSpec | None") -> dict[str, Any] | None:
     if spec is None or spec.retention is None:
         return None
-    from trainers.retention import retention_facts
+    from trainers.data.retention import retention_facts
 
     return retention_facts(spec)
 

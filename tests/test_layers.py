@@ -81,6 +81,12 @@ def test_layers_torch_is_imported_by_trainers_alone():
     assert {place.split("/")[0] for place in importers("torch")} == {"trainers"}
 
 
+def test_layers_data_is_read_without_torch():
+    torch_places = importers("torch") | importers("bitsandbytes") | importers("peft")
+    assert "trainers/loop.py" in torch_places
+    assert not [place for place in torch_places if place.startswith("trainers/data/")]
+
+
 @pytest.mark.parametrize(
     ("place", "source", "expected"),
     [

@@ -20,14 +20,14 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from trainers.base_spec import BaseSpec
-from trainers.data_cache import cache_root, digest_of, file_digest, read_json
-from trainers.data_spec import DataSpec
-from trainers.records import DataError
+from trainers.data.cache import cache_root, digest_of, file_digest, read_json
+from trainers.data.records import DataError
+from trainers.data.spec import DataSpec
+from trainers.data.tokenizer import local_folder, tokenizer_folder
 from trainers.speed import measured_once
-from trainers.tokenizer import local_folder, tokenizer_folder
 
 if TYPE_CHECKING:
-    from trainers.token_set import TokenizedSet
+    from trainers.data.token_set import TokenizedSet
 
 SAMPLE_LOSS_TOKENS = 32_768
 """Loss-bearing tokens to measure on: a few percent of the loss, in seconds on a GPU."""
@@ -101,7 +101,7 @@ def measure_base_loss(
     """
     # numpy, which a known loss does not need.
     from trainers.data import prepare_data
-    from trainers.token_set import TokenizedSet
+    from trainers.data.token_set import TokenizedSet
 
     rows = prepare_data(replace(spec, packing=False)).train  # rows, not sequences of them
     assert isinstance(rows, TokenizedSet)
@@ -136,8 +136,8 @@ def _path(spec: DataSpec, base: BaseSpec, max_loss_tokens: int) -> Path | None:
 
 
 def _train_hash(spec: DataSpec) -> str | None:
-    from trainers.data import set_folder
-    from trainers.parts import parts_of
+    from trainers.data.parts import parts_of
+    from trainers.data.prepared import set_folder
 
     folder = set_folder(spec, parts_of(spec), tokenizer_folder(spec.model, spec.revision))
     facts = read_json(folder / "train" / "set.json")
@@ -163,7 +163,7 @@ def weights_key(base: BaseSpec) -> Any:
 def _measured(
     spec: DataSpec, base: BaseSpec, rows: "TokenizedSet", max_loss_tokens: int
 ) -> BaseLoss:
-    from trainers.sampling import content_order, taken
+    from trainers.data.sampling import content_order, taken
 
     size = sample_size(len(rows), rows.num_loss_tokens, max_loss_tokens)
     sample = taken(rows, content_order(rows)[:size])

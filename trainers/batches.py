@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from trainers.sequence_packing import PackedSet
-    from trainers.token_set import TokenizedSet
+    from trainers.data.sequence_packing import PackedSet
+    from trainers.data.token_set import TokenizedSet
 
 LOSS_BLOCK = 64
 """Loss-bearing positions of a block where the segments have very different numbers of them."""

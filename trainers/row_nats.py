@@ -10,12 +10,12 @@ from trainers.adapters import Pack
 from trainers.base_model import DTYPES, device_name, load_base
 from trainers.base_spec import BaseSpec
 from trainers.batches import RowSource
-from trainers.data_spec import DataSpec
+from trainers.data.spec import DataSpec
+from trainers.data.tokenizer import load_tokenizer
 from trainers.head import LossHead, check_head
-from trainers.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from trainers.token_set import TokenizedSet
+    from trainers.data.token_set import TokenizedSet
 
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Of one forward, which keeps nothing for a backward pass."""

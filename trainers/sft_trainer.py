@@ -26,6 +26,8 @@ from trainers.comm import Comm
 from trainers.composer import ForwardLimits
 from trainers.cpu import keep_freed_memory
 from trainers.data import DataSpec, count_tokens, prepare_data
+from trainers.data.retention import retention_set
+from trainers.data.tokenizer import load_tokenizer
 from trainers.full import BaseWeights, unfreeze
 from trainers.head import check_head, check_packing
 from trainers.loop import Evaluation, Run, RunSpec, Trainer, new_run
@@ -33,13 +35,11 @@ from trainers.measure import measure_max_tokens
 from trainers.meta_shape import shape_of_config
 from trainers.metrics import best_row
 from trainers.paths import TrialPaths, read_json_lines, write_json, write_json_lines
-from trainers.retention import retention_set
 from trainers.speed import measured_once, read_speed
-from trainers.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from trainers.sequence_packing import PackedSet
-    from trainers.token_set import TokenizedSet
+    from trainers.data.sequence_packing import PackedSet
+    from trainers.data.token_set import TokenizedSet
 
 DEFAULT_MAX_TOKENS = 2048
 """Tokens of one forward where nothing was measured."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainers.data_cache import cache_root
+from trainers.data.cache import cache_root
 from trainers.paths import read_json, write_json
 
 WIDEST = (("avx512f", "AVX-512"), ("avx2", "AVX2"))

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from trainers.chat_template import ChatTemplate
 from trainers.data import DataError, load_tokenizer, prepare_data
-from trainers.messages import chat_row
-from trainers.records import RowError
+from trainers.data.chat_template import ChatTemplate
+from trainers.data.messages import chat_row
+from trainers.data.records import RowError
 
 TALK = [
     {"role": "system", "content": "Be brief."},

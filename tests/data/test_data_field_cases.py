@@ -49,7 +49,7 @@ def word_level(vocabulary):
 @pytest.fixture
 def shipped(write_rows, tmp_path, monkeypatch):
     """Runs a verb on rows with the shipped base, in an empty folder: shipped(verb, rows, **keys)."""
-    from trainers.tokenizer import SHIPPED_MODEL
+    from trainers.data.tokenizer import SHIPPED_MODEL
 
     monkeypatch.chdir(tmp_path)
 

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from trainers.data import DataError
-from trainers.data_cache import source_key
-from trainers.records import BadRows
-from trainers.rows import KNOWN_COLUMNS
-from trainers.sources import Source, read_hub, read_records
+from trainers.data.cache import source_key
+from trainers.data.records import BadRows
+from trainers.data.rows import KNOWN_COLUMNS
+from trainers.data.sources import Source, read_hub, read_records
 
 pytest.importorskip("datasets")
 
@@ -156,7 +156,7 @@ def hub(monkeypatch, repository):
         return real(Hub.repo, subset)
 
     monkeypatch.setattr("datasets.load_dataset_builder", load_dataset_builder)
-    from trainers import hub
+    from trainers.data import hub
 
     hub.remote_files.cache_clear()
     yield Hub
@@ -179,7 +179,7 @@ def test_hub_that_gives_nothing_says_why_on_one_line(error, reason, hub):
 
 
 def test_hub_no_longer_reached_gives_the_files_fetched_before(hub, capsys):
-    from trainers.hub import remote_files
+    from trainers.data.hub import remote_files
 
     key = source_key(Source(hub_id="owner/name"))
     remote_files.cache_clear()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from trainers.json_arrays import MARGIN, TextWindow, read_json
-from trainers.json_rows import RowDecoder
-from trainers.records import BadRows, DataError, DataFile
-from trainers.text_files import text_pieces
+from trainers.data.json_arrays import MARGIN, TextWindow, read_json
+from trainers.data.json_rows import RowDecoder
+from trainers.data.records import BadRows, DataError, DataFile
+from trainers.data.text_files import text_pieces
 
 ARRAY = (
     '[{"a": 1, "b": [12, -0.5, 1e+10, 1.50]},\r\n {"é🦊": "\\ud83d\\ude00 \\\\ \\" é🦊 \\u0041"},\n'

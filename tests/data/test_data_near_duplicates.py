@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from trainers import near_duplicates as module
-from trainers.near_duplicates import RUN, SIMILAR, near_duplicates
-from trainers.token_set import TokenizedSet
+from trainers.data import near_duplicates as module
+from trainers.data.near_duplicates import RUN, SIMILAR, near_duplicates
+from trainers.data.token_set import TokenizedSet
 
 
 def as_set(rows):

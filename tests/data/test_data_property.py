@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 
-from trainers.chat_template import ChatTemplate
 from trainers.data import DataError, DataSpec, count_tokens, load_tokenizer, prepare_data
-from trainers.messages import chat_row
-from trainers.records import RowError
+from trainers.data.chat_template import ChatTemplate
+from trainers.data.messages import chat_row
+from trainers.data.records import RowError
 
 CHECKED = settings(
     deadline=None,

@@ -192,7 +192,7 @@ def test_count_tokens_loads_no_torch_and_a_known_count_not_even_numpy(model, wri
 
 
 def test_count_tokens_shipped_tokenizer_is_said_once(write_rows, capsys):
-    from trainers.tokenizer import SHIPPED_MODEL
+    from trainers.data.tokenizer import SHIPPED_MODEL
 
     if not (SHIPPED_MODEL / "tokenizer.json").exists():
         pytest.skip("the shipped base is not made yet")

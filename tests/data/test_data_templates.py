@@ -8,9 +8,9 @@ from pathlib import Path
 import jinja2
 import pytest
 
-from trainers.chat_template import ChatTemplate
-from trainers.messages import chat_row
-from trainers.records import DataError, RowError
+from trainers.data.chat_template import ChatTemplate
+from trainers.data.messages import chat_row
+from trainers.data.records import DataError, RowError
 
 TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 # What the models' tokenizers have as added tokens.

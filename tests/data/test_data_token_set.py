@@ -6,11 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from trainers import token_set
-from trainers.examples import FittedRow
-from trainers.records import Origin
-from trainers.sequence_packing import PackedSet, packed_order, save_order
-from trainers.token_set import SetBuilder, TokenizedSet
+from trainers.data import token_set
+from trainers.data.examples import FittedRow
+from trainers.data.records import Origin
+from trainers.data.sequence_packing import PackedSet, packed_order, save_order
+from trainers.data.token_set import SetBuilder, TokenizedSet
 
 
 def random_rows(count, longest=40, seed=0):

@@ -12,7 +12,7 @@ import json
 import pytest
 
 from trainers.data import count_tokens, prepare_data
-from trainers.tokenizer import SHIPPED_MODEL
+from trainers.data.tokenizer import SHIPPED_MODEL
 
 NUM_ROWS = 40
 CHATML = (

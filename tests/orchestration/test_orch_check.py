@@ -10,7 +10,7 @@ from orchestration import show_check
 from orchestration.check import CheckOptions, checked
 from orchestration.cli import main
 from orchestration.show_check import check_lines
-from trainers.tokenizer import SHIPPED_MODEL
+from trainers.data.tokenizer import SHIPPED_MODEL
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "chat"
 STORY = "The fox who lived by the river asked each neighbour for a different kind of winter soup. "

@@ -12,7 +12,7 @@ from orchestration.measured import base_loss, capacity_sentence, measured_of
 from orchestration.planning import make_plan, plan_to_dict
 from trainers.base_loss import BaseLoss, Estimate, measure_base_loss
 from trainers.base_spec import BaseSpec
-from trainers.data_spec import DataSpec
+from trainers.data.spec import DataSpec
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from trainers.base_loss import (
 from trainers.base_model import load_base
 from trainers.base_spec import BaseSpec
 from trainers.data import DataSpec, prepare_data
-from trainers.sampling import content_order
+from trainers.data.sampling import content_order
 
 
 @pytest.fixture

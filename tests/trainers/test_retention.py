@@ -13,13 +13,12 @@ from tests.trainers.links import FakeLink, enter, serve
 from tests.trainers.packs import CPU, RUN, Bench
 from tests.trainers.tiny import Row, Rows, random_rows, tiny_model
 from tests.trainers.trials import BASE, CANDIDATE, numbers, trial
-from trainers import retention
 from trainers.base_model import BaseSpec, load_base
 from trainers.batches import RowSource
-from trainers.data import DataError, prepare_data, prepare_whole
-from trainers.data_cache import cache_root
+from trainers.data import DataError, prepare_data, prepare_whole, retention
+from trainers.data.cache import cache_root
+from trainers.data.retention import retention_set
 from trainers.paths import TrialPaths, read_json_lines
-from trainers.retention import retention_set
 from trainers.sft_trainer import TrialSpec, train_trial
 
 SEQ_LEN = 96

@@ -14,10 +14,10 @@ from tests.trainers.trials import trial
 from trainers.adapters import Pack
 from trainers.batches import RowSource, grouped_order
 from trainers.data import prepare_data
+from trainers.data.sequence_packing import PackedSet, packed_order
+from trainers.data.token_set import TokenizedSet
 from trainers.head import LossHead, check_packing
-from trainers.sequence_packing import PackedSet, packed_order
 from trainers.sft_trainer import train_trial
-from trainers.token_set import TokenizedSet
 
 
 def as_set(rows):

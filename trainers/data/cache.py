@@ -1,0 +1,137 @@
+"""The cache of counts and tokenized sets, by content: bytes of the data, tokenizer, template,
+options.
+
+    CACHE/hashes/PATH.json   sha256 of a file, valid while its size and mtime stay
+    CACHE/counts/KEY.json    {"loss_tokens": n}
+    CACHE/sets/KEY/          audit.json, train/, eval/
+
+CACHE is the folder in TENFOLD_CACHE, or ~/.cache/tenfold. Nothing here imports numpy or
+tokenizers, so that `tenfold plan` finds a count that is known in milliseconds. Everything is
+written under a name of its own and renamed, so that trials that start together never see half an
+entry (field case C18).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from trainers.data.records import DataError
+from trainers.data.sources import Source
+from trainers.data.tokenizer import SIDE_FILES, SLOW_FILES
+
+# Raise it whenever the same input would give other ids, masks or counts.
+CODE_VERSION = 2
+SETTLED_NS = 2_000_000_000
+
+
+def cache_root() -> Path:
+    """The cache's folder."""
+    return Path(os.environ.get("TENFOLD_CACHE") or Path.home() / ".cache" / "tenfold")
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, remembered by (path, size, mtime)."""
+    path = path.resolve()
+    stat = path.stat()
+    memo = cache_root() / "hashes" / f"{digest_of(str(path))[:32]}.json"
+    known = read_json(memo)
+    if known and known["size"] == stat.st_size and known["mtime_ns"] == stat.st_mtime_ns:
+        return known["sha256"]
+    with path.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    # A file written just now may be written again within the clock's resolution, unseen by its
+    # mtime.
+    if time.time_ns() - stat.st_mtime_ns > SETTLED_NS:
+        write_json(memo, {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256})
+    return sha256
+
+
+def source_key(source: Source) -> Any:
+    """What stands for a source's content.
+
+    A hub id is looked up through `datasets` for the files it stands for, fetched to this machine.
+    """
+    if source.hub_id is not None:
+        return _hub_files(source.hub_id, source.revision)
+    if source.saved is not None:
+        files: Iterable[Path] = sorted(path for path in source.saved.rglob("*") if path.is_file())
+    else:
+        files = source.files
+    # The name's end decides how a file is read.
+    return [[path.name.lower().split(".", 1)[-1], file_digest(path)] for path in files]
+
+
+def _hub_files(hub_id: str, revision: str | None) -> Any:
+    from trainers.data.hub import train_files
+    from trainers.data.sources import load_hub
+
+    files = train_files(hub_id, revision)
+    if files is not None:
+        named = [[file.name.lower().split(".", 1)[-1], file_digest(file.path)] for file in files]
+        return [hub_id, revision, named]
+    rows = load_hub(hub_id, revision)
+    stats = [(entry["filename"], os.stat(entry["filename"])) for entry in rows.cache_files]
+    return [hub_id, revision, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
+
+
+def tokenizer_key(folder: Path) -> Any:
+    """What stands for a model folder's tokenizer and template."""
+    names = ("tokenizer.json", "merges.txt", *SLOW_FILES, *SIDE_FILES)
+    return [[name, file_digest(folder / name)] for name in names if (folder / name).exists()]
+
+
+def read_json(path: Path) -> Any:
+    """The value of a file; None where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a whole file or nothing.
+
+    Raises: DataError: the cache cannot be written.
+    """
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(value), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _unwritable(error) from error
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Lets `fill` write a folder, and puts it in place whole; another process's equal one may stay.
+
+    Raises: DataError: the cache cannot be written.
+    """
+    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        os.rename(temporary, target)
+    except OSError as error:
+        if not target.is_dir():
+            raise _unwritable(error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _unwritable(error: OSError) -> DataError:
+    return DataError(
+        f"the cache {cache_root()} must be writable: {error}; set TENFOLD_CACHE to a folder with"
+        " room"
+    )
