@@ -17,12 +17,13 @@ from orchestration.config import load_config
 from orchestration.planning import Plan, make_plan
 from orchestration.results import read_trial
 from search_spaces.candidate import Candidate, trial_name
-from trainers.data.examples import RowEncoder, fitted_rows
+from trainers.data.examples import RowEncoder
 from trainers.data.records import BadRows
 from trainers.data.row_reader import RowReader
 from trainers.data.rows import CompletionRow, row_digest
 from trainers.data.sources import resolve_source
 from trainers.data.spec import DataSpec
+from trainers.data.token_rows import fitted_rows
 from trainers.data.tokenizer import load_tokenizer
 from trainers.paths import (
     RunPaths,
@@ -109,7 +110,7 @@ def write_rows(dataset: Dataset, folder: Path) -> dict[str, int]:
     reader = RowReader(spec, bad)
     moved = ((_moved(row), place) for row, place in reader.rows(resolve_source(spec.data)))
     sides: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
-    for row, tokens in RowEncoder(tokenizer).encode(moved, bad):
+    for row, _, tokens in RowEncoder(tokenizer).encode(moved, bad):
         assert isinstance(row, CompletionRow)
         if fitted_rows(tokens, spec.seq_len, "drop", tokenizer.special_ids):
             position = int.from_bytes(row_digest(row)[:8], "big") / 2**64

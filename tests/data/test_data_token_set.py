@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from trainers.data import token_set
-from trainers.data.examples import FittedRow
 from trainers.data.records import Origin
 from trainers.data.sequence_packing import PackedSet, packed_order, save_order
+from trainers.data.token_rows import FittedRow
 from trainers.data.token_set import SetBuilder, TokenizedSet
 
 

@@ -6,7 +6,8 @@
     rows, messages, tool_calls, row_reader
                               the rows in one of three shapes
     chat_template (chat_*)    conversations as text, and where in it the assistant speaks
-    tokenizer, examples       ids and masks
+    tokenizer, examples, token_rows
+                              ids and masks
     preparation, parts, tally, audit, lengths, row_digests, near_duplicates
                               one pass over all of it, and what was counted
     token_set, sequence_packing, sampling, retention

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainers.data.audit import Audit
-from trainers.data.examples import RowEncoder, TokenizedRow, fitted_rows
+from trainers.data.examples import RowEncoder
 from trainers.data.parts import Part, file_names, position
 from trainers.data.records import BadRows, Origin
 from trainers.data.row_reader import RowReader
@@ -16,6 +16,7 @@ from trainers.data.rows import Row, row_digest
 from trainers.data.sequence_packing import save_order
 from trainers.data.spec import DataSpec
 from trainers.data.tally import Tally
+from trainers.data.token_rows import TokenizedRow, fitted_rows
 from trainers.data.token_set import SetBuilder
 from trainers.data.tokenizer import LoadedTokenizer
 

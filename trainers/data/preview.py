@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
-from trainers.data.examples import Piece, RowEncoder, TokenizedRow, fitted_rows
+from trainers.data.examples import RowEncoder
 from trainers.data.parts import parts_of
 from trainers.data.records import BadRows
 from trainers.data.row_reader import RowReader
 from trainers.data.spec import DataSpec
+from trainers.data.token_rows import Piece, TokenizedRow, fitted_rows
 from trainers.data.tokenizer import LoadedTokenizer, load_tokenizer
 
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainers.data.audit import Audit
-from trainers.data.examples import FittedRow, TokenizedRow
 from trainers.data.lengths import histogram, percentiles
 from trainers.data.messages import ChatRow
 from trainers.data.records import BadRows, Origin
 from trainers.data.row_digests import RowDigests
 from trainers.data.rows import CompletionRow, Row, RowShape, TextRow
+from trainers.data.token_rows import FittedRow, TokenizedRow
 
 SIDE_COUNTS = ("rows", "tokens", "loss_tokens", "loss_bytes")
 COUNTED = (

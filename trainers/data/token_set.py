@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from trainers.data.examples import FittedRow
 from trainers.data.records import Origin
+from trainers.data.token_rows import FittedRow
 
 ARRAYS = {
     "input_ids": np.dtype(np.int32),
