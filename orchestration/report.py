@@ -24,6 +24,7 @@ from orchestration.measured import capacity_sentence
 from orchestration.packs import packs_sentence
 from orchestration.results import TrialRecord, best_trial, read_trials
 from orchestration.show import cut_ranks
+from orchestration.show_audit import short_cells
 from trainers.paths import RunPaths, read_json, write_text
 
 STYLE = """
@@ -337,23 +338,13 @@ def _capacity(plan: dict[str, Any]) -> str:
 def _data(plan: dict[str, Any]) -> str:
     if plan["data"] is None:
         return "<p>Not given.</p>"
-    rows = [
-        ("", [key.replace("_", " "), _plain(value)])
-        for key, value in plan["data"].items()
-        if value not in (None, [], {})
-    ]
+    data = plan["data"] | {"seq_len": plan["seq_len"]}
+    rows = [("", list(cell)) for cell in [("data", str(data["data"])), *short_cells(data)]]
+    rows += [("", ["note", note]) for note in data["notes"]]
     if plan["retention"]:
         sentence = retention_sentence(plan["retention"])
         rows.append(("", ["retention", sentence.removeprefix("retention: ")]))
     return _table([("", False), ("", False)], rows)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.2f}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _defaults(plan: dict[str, Any]) -> str:

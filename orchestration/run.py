@@ -26,14 +26,22 @@ from trainers.paths import RunPaths, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from trainers.base_loss import BaseLoss
+    from trainers.data import DataSpec
 
 PACKAGES = ("tenfold", "ray", "torch", "transformers", "peft", "bitsandbytes", "tokenizers")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "chat_template.json",
     "special_tokens_map.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
 )
+"""What of a model's folder the adapter is served with."""
 
 
 def run_sweep(config: SweepConfig, source: str) -> int:
@@ -231,13 +239,23 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, "platform": platform.platform()}
 
 
+def tokenizer_files(spec: "DataSpec") -> dict[str, Path]:
+    """The tokenizer that the data was tokenized with, name -> file; with the chat template that was
+    given in the place of the model's own (field case A08)."""
+    folder = Path(str(spec.model))
+    files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if spec.chat_template is not None:
+        files.pop("chat_template.json", None)
+        files["chat_template.jinja"] = Path(spec.chat_template).expanduser()
+    return files
+
+
 def _conclude(run: RunPaths, plan: Plan, console: Console) -> int:
     from orchestration.report import write_report
     from orchestration.sweep import finish
 
     assert plan.data_spec is not None
-    tokenizer = [Path(str(plan.data_spec.model)) / name for name in TOKENIZER_FILES]
-    records, best = finish(run, [path for path in tokenizer if path.is_file()])
+    records, best = finish(run, tokenizer_files(plan.data_spec))
     write_report(run)
     show_results(records, best, run, len(plan.pruned.discarded), console)
     unended = sum(record.status == "unfinished" for record in records)

@@ -19,7 +19,7 @@ def check_lines(found: Mapping[str, Any]) -> list[str]:
     """The whole text: audit, rows to look at, plan's part, refusals."""
     lines = audit_lines(found["data"], found["model"]) if "data" in found else []
     if "base_loss" in found:
-        lines.append(row("base", measured_text(found["base_loss"])))
+        lines.append(row(("base", measured_text(found["base_loss"]))))
     lines += [line for row in found.get("shown", ()) for line in _shown_lines(row)]
     if "dataset_bits" in found:
         lines.append(

@@ -156,14 +156,21 @@ def _tuner(
     )
 
 
-def finish(run: RunPaths, extra_files: list[Path]) -> tuple[list[TrialRecord], TrialRecord | None]:
-    """Reads all trials back and puts the best adapter into runs/NAME/best."""
+def finish(
+    run: RunPaths, extra_files: Mapping[str, Path]
+) -> tuple[list[TrialRecord], TrialRecord | None]:
+    """Reads all trials back and puts the best adapter into runs/NAME/best.
+
+    Args:
+        extra_files: name in best/ -> file to copy, beside the adapter's own.
+    """
     records = read_trials(run)
     best = best_trial(records)
     if best is not None:
         folder = temporary_folder(run.best)
-        for path in [*run.trial(best.name).best.iterdir(), *extra_files]:
-            shutil.copy2(path, folder / path.name)
+        own = {path.name: path for path in run.trial(best.name).best.iterdir()}
+        for name, path in (own | dict(extra_files)).items():
+            shutil.copy2(path, folder / name)
         replace_folder(folder, run.best)
     return records, best
 

@@ -2,10 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from orchestration.results import best_trial, mark_ended, read_trial, read_trials
+from orchestration.run import tokenizer_files
+from orchestration.sweep import finish
+from trainers.data import DataSpec
 from trainers.paths import RunPaths
 
 NAN, INF = math.nan, math.inf
@@ -145,3 +149,25 @@ def test_mark_ended_does_not_overwrite_what_the_worker_wrote(run):
     mark_ended(run.trial("a"), "stopped", "stopped by its scheduler")
     assert run.trial("a").status.read_bytes() == before
     assert read_trial(run.trial("a")).status == "diverged"
+
+
+def test_best_adapter_stands_beside_the_tokenizer_and_template_that_it_was_trained_with(
+    run, tmp_path
+):
+    write_trial(run, "good", [3.0, 2.0])
+    (run.trial("good").best).mkdir()
+    (run.trial("good").best / "adapter_config.json").write_text("{}")
+    model, given = tmp_path / "model", tmp_path / "mine.jinja"
+    model.mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja", "chat_template.json", "config.json"):
+        (model / name).write_text(f"the model's {name}")
+    given.write_text("mine")
+    own = DataSpec(data="rows.jsonl", model=str(model))
+    finish(run, tokenizer_files(own))
+    names = ["adapter_config.json", "chat_template.jinja", "chat_template.json", "tokenizer.json"]
+    assert sorted(path.name for path in run.best.iterdir()) == names
+    assert (run.best / "chat_template.jinja").read_text() == "the model's chat_template.jinja"
+    finish(run, tokenizer_files(replace(own, chat_template=str(given))))
+    names.remove("chat_template.json")
+    assert sorted(path.name for path in run.best.iterdir()) == names
+    assert (run.best / "chat_template.jinja").read_text() == "mine"

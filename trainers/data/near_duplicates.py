@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from trainers.data.token_set import ORIGINS, TokenizedSet
+from trainers.data.token_set import ORIGINS, TokenizedSet, release_pages
 
 RUN = 5
 SIMILAR = 0.8
@@ -25,7 +25,7 @@ MIN_RUNS = 8
 NUM_BANDS, BAND_HASHES = 8, 4
 """A pair of similarity s becomes a candidate with probability 1 - (1 - s^4)^8: 98% at 0.8."""
 SAMPLED, COMMON_FRAC = 1000, 0.25
-BLOCK_TOKENS = 1 << 20
+BLOCK_TOKENS = 1 << 18
 NUM_SHOWN = 5
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -96,7 +96,10 @@ class _Finder:
 
     def _ids(self, example: int) -> np.ndarray:
         which = int(np.searchsorted(self.firsts, example, side="right")) - 1
-        return self.sets[which].example(example - int(self.firsts[which])).input_ids
+        rows = self.sets[which]
+        ids = np.array(rows.example(example - int(self.firsts[which])).input_ids)
+        release_pages(rows.input_ids)  # an example brings many pages around it
+        return ids
 
     def _common_runs(self) -> np.ndarray:
         """Runs that more than COMMON_FRAC of a sample of the examples have, sorted."""
@@ -157,6 +160,7 @@ def _blocks_of_keys(rows: TokenizedSet, common: np.ndarray) -> Iterator[np.ndarr
         start = int(rows.offsets[first])
         ids = np.asarray(rows.input_ids[start : rows.offsets[last]])
         yield _keys(ids, np.asarray(rows.offsets[first : last + 1]) - start, common)
+        release_pages(rows.input_ids)
 
 
 def _blocks(offsets: np.ndarray) -> Iterable[tuple[int, int]]:

@@ -5,6 +5,7 @@ Shape legend: N tokens of the set, R rows, T positions.
 
 import hashlib
 import json
+import mmap
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -130,6 +131,16 @@ class TokenizedSet:
                 f"{folder}: a saved set must hold {facts}, holds {found}; delete the folder"
             )
         return cls(**arrays)
+
+
+def release_pages(array: np.ndarray) -> None:
+    """Takes what was read of a mapped array out of this process's memory; it can be read again.
+
+    A pass over a large set would else hold all of it, as far as the system's other needs allow.
+    """
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None:
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _combined(digests: Iterable[Any]) -> str:
