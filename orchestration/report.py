@@ -24,7 +24,7 @@ from orchestration.measured import capacity_sentence
 from orchestration.packs import packs_sentence
 from orchestration.results import TrialRecord, best_trial, read_trials
 from orchestration.show import cut_ranks
-from orchestration.show_audit import short_cells
+from orchestration.show_audit import data_text, short_cells
 from trainers.paths import RunPaths, read_json, write_text
 
 STYLE = """
@@ -339,7 +339,7 @@ def _data(plan: dict[str, Any]) -> str:
     if plan["data"] is None:
         return "<p>Not given.</p>"
     data = plan["data"] | {"seq_len": plan["seq_len"]}
-    rows = [("", list(cell)) for cell in [("data", str(data["data"])), *short_cells(data)]]
+    rows = [("", list(cell)) for cell in [("data", data_text(data)), *short_cells(data)]]
     rows += [("", ["note", note]) for note in data["notes"]]
     if plan["retention"]:
         sentence = retention_sentence(plan["retention"])

@@ -12,12 +12,12 @@ def audit_lines(data: Mapping[str, Any], model: str) -> list[str]:
     """The whole audit of `tenfold check`."""
     cells = [*_content_cells(data), *_token_cells(data), *_histogram(data)]
     cells += [cell for cell, _ in _defects(data)]
-    return [_title(data), f"tokenizer: {model}", *map(row, cells), *_remarks(data)]
+    return [f"data: {data_text(data)}", f"tokenizer: {model}", *map(row, cells), *_remarks(data)]
 
 
 def short_lines(data: Mapping[str, Any]) -> list[str]:
     """What a plan says of its data."""
-    return [_title(data), *map(row, short_cells(data)), *_remarks(data)]
+    return [f"data: {data_text(data)}", *map(row, short_cells(data)), *_remarks(data)]
 
 
 def short_cells(data: Mapping[str, Any]) -> list[Cell]:
@@ -35,9 +35,9 @@ def row(cell: Cell) -> str:
     return f"  {cell[0].ljust(22)} {cell[1]}"
 
 
-def _title(data: Mapping[str, Any]) -> str:
-    named = data["data"] if isinstance(data["data"], str) else _counts(data["data"])
-    return f"data: {named}"
+def data_text(data: Mapping[str, Any]) -> str:
+    """What was given as data: one name, or several with their weights."""
+    return data["data"] if isinstance(data["data"], str) else _counts(data["data"])
 
 
 def _remarks(data: Mapping[str, Any]) -> list[str]:

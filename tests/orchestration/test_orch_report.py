@@ -1,6 +1,7 @@
 """report.html from a run's files, opened in headless Chromium."""
 
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.report import write_report
+from trainers.data import DataSpec, audit_data
 from trainers.paths import RunPaths, read_json_lines, write_json, write_json_lines
 
 CHROMIUM = (
@@ -37,7 +39,8 @@ def row(examples: int, eval_loss: float) -> dict:
 
 
 @pytest.fixture
-def run(tmp_path) -> RunPaths:
+def run(tmp_path, monkeypatch) -> RunPaths:
+    monkeypatch.setenv("TENFOLD_CACHE", str(tmp_path / "cache"))
     run = RunPaths(tmp_path / "a<b>&c")
     trials = {
         "good": (candidate(1e-3), "finished", "", [row(0, 3.0), row(32, 2.5), row(64, 2.25)]),
@@ -86,6 +89,7 @@ def plan() -> dict:
             "measured": None,
         },
         "data": None,
+        "seq_len": 1024,
         "retention": None,
         "defaults": [{"key": "lora_alpha", "value": "32", "source": "LoRA Without Regret"}],
         "candidates": [{"candidate": candidate(1e-3), "adapter_bits": 80_000}],
@@ -149,7 +153,16 @@ def retained(run: RunPaths) -> None:
         write_json_lines(path, rows)
     facts = {"data": "general.jsonl", "num_rows": 5, "num_loss_tokens": 32_000}
     facts |= {"num_all_rows": 50, "num_all_loss_tokens": 320_000}
-    write_json(run.plan, plan() | {"data": {"data": "d"}, "retention": facts})
+    write_json(run.plan, plan() | {"data": audited(run.root), "retention": facts})
+
+
+def audited(folder) -> dict:
+    """The audit of three rows, one of them empty, as a plan holds it."""
+    rows = [{"prompt": "a", "completion": completion} for completion in ("b", "c", "")]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = DataSpec(data=str(path), eval=str(path))
+    return audit_data(spec).to_dict() | {"data": "rows.jsonl"}
 
 
 def test_write_report_tells_what_was_forgotten_only_where_it_was_measured(run):
@@ -165,6 +178,9 @@ def test_write_report_tells_what_was_forgotten_only_where_it_was_measured(run):
         "2.0000 for the untouched base",
         "general.jsonl: 5 of 50 rows, 32,000 of 320,000 loss-bearing tokens",
         "Retention: loss on general text",
+        "6: completion 6",
+        "3 trained, 3 held out",
+        "<td>empty completions</td><td>2</td>",
     ):
         assert part in text
 
