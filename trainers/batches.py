@@ -5,6 +5,7 @@ Shape legend: n segments of h rows, B = n h rows, T positions, M loss-bearing po
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ LOSS_BLOCK = 64
 """Loss-bearing positions of a block where the segments have very different numbers of them."""
 GROUPED_BATCHES = 50
 """Batches that are sorted together where examples are grouped by length, as transformers does."""
+KEPT_ORDERS = 4
 MAX_PADDING = 1.1
 """Up to this many computed positions per loss-bearing one, segments are padded to the longest."""
 IGNORED = -100
@@ -63,6 +65,20 @@ class RowSource:
         self.rows, self.pad_id, self.device = rows, pad_id, device
         self.lengths = np.asarray(rows.lengths, dtype=np.int64)
         self.loss_tokens = np.asarray(rows.loss_token_counts, dtype=np.int64)
+        # Every batch asks for its epoch's order, which for millions of rows takes a second.
+        self._order = lru_cache(maxsize=KEPT_ORDERS)(self._fresh_order)
+
+    def _fresh_order(self, seed: int, epoch: int, group: int | None) -> np.ndarray:
+        if group is None:
+            return epoch_order(len(self), seed, epoch)
+        return grouped_epoch_order(self.lengths, seed, epoch, group)
+
+    def order(self, seed: int, start: int, stop: int, group: int | None = None) -> np.ndarray:
+        """Row numbers of the examples start..stop of a trial, counted over all epochs.
+
+        Args: group: the global batch size, where its batches are to be of similar length.
+        """
+        return _between(len(self), start, stop, lambda epoch: self._order(seed, epoch, group))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -127,47 +143,42 @@ def block_size(counts: np.ndarray, max_block: int) -> int:
     return even if padded <= MAX_PADDING * counts.sum() else min(LOSS_BLOCK, even)
 
 
-def example_order(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
-    """Row numbers of the examples start..stop of a trial: every epoch is a new permutation, a
-    function of (seed, epoch) alone, so that any position can be resumed."""
-    return _examples(num_rows, start, stop, lambda epoch: _permutation(num_rows, seed, epoch))
-
-
-def grouped_order(
-    lengths: np.ndarray, seed: int, start: int, stop: int, global_batch_size: int
-) -> np.ndarray:
-    """As `example_order`, with batches of rows of similar length: each part of an epoch's
-    permutation, GROUPED_BATCHES batches long, is sorted by length and cut into batches, and the
-    batches of the epoch come in random order. A batch that two epochs share stays whole."""
-
-    def order(epoch: int) -> np.ndarray:
-        rows = _permutation(len(lengths), seed, epoch)
-        first = (
-            -epoch * len(rows) % global_batch_size
-        )  # what the last epoch's last batch still takes
-        last = len(rows) - (len(rows) - first) % global_batch_size if first < len(rows) else first
-        part = GROUPED_BATCHES * global_batch_size
-        sorted_parts = [
-            piece[np.argsort(-lengths[piece], kind="stable")]
-            for piece in np.split(rows[first:last], range(part, max(0, last - first), part))
-        ]
-        batches = np.concatenate(sorted_parts).reshape(-1, global_batch_size)
-        shuffled = np.random.default_rng([seed, epoch, 1]).permutation(batches)
-        return np.concatenate([rows[:first], shuffled.reshape(-1), rows[last:]])
-
-    return _examples(len(lengths), start, stop, order)
-
-
-def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)
-
-
-def _examples(
+def _between(
     num_rows: int, start: int, stop: int, order: Callable[[int], np.ndarray]
 ) -> np.ndarray:
     epochs = range(start // num_rows, (stop - 1) // num_rows + 1)
     first = start - epochs[0] * num_rows
     return np.concatenate([order(epoch) for epoch in epochs])[first : first + stop - start]
+
+
+def example_order(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
+    """Row numbers of the examples start..stop of a trial that does not group by length."""
+    return _between(num_rows, start, stop, lambda epoch: epoch_order(num_rows, seed, epoch))
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """Row numbers of an epoch: a permutation, a function of (seed, epoch) alone, so that any position
+    can be resumed."""
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def grouped_epoch_order(
+    lengths: np.ndarray, seed: int, epoch: int, global_batch_size: int
+) -> np.ndarray:
+    """As `epoch_order`, with batches of rows of similar length: each part of the permutation,
+    GROUPED_BATCHES batches long, is sorted by length and cut into batches, and the batches of the
+    epoch come in random order. A batch that two epochs share stays whole."""
+    rows = epoch_order(len(lengths), seed, epoch)
+    first = -epoch * len(rows) % global_batch_size  # what the last epoch's last batch still takes
+    last = len(rows) - (len(rows) - first) % global_batch_size if first < len(rows) else first
+    part = GROUPED_BATCHES * global_batch_size
+    sorted_parts = [
+        piece[np.argsort(-lengths[piece], kind="stable")]
+        for piece in np.split(rows[first:last], range(part, max(0, last - first), part))
+    ]
+    batches = np.concatenate(sorted_parts).reshape(-1, global_batch_size)
+    shuffled = np.random.default_rng([seed, epoch, 1]).permutation(batches)
+    return np.concatenate([rows[:first], shuffled.reshape(-1), rows[last:]])
 
 
 @dataclass

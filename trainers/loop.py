@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from trainers.adapters import Pack, Slot
-from trainers.batches import Batch, RowSource, Share, example_order, grouped_order
+from trainers.batches import Batch, RowSource, Share
 from trainers.comm import Comm
 from trainers.composer import ForwardLimits, next_forward
 from trainers.dropout import DropoutTokens, row_keys, row_tokens
@@ -191,19 +191,13 @@ class Trainer:
 
     def _begin_batch(self, run: Run) -> None:
         stop = min(run.examples + run.spec.global_batch_size, run.spec.num_examples)
-        rows = self._rows_of(run, stop)
+        group = run.spec.global_batch_size if run.spec.group_by_length else None
+        rows = self.train_rows.order(run.spec.seed, run.examples, stop, group)
         lengths, comm = self.train_rows.lengths, self.comm
         run.share = Share.of(rows, lengths, comm.world_rank, comm.world_size)
         run.batch_rows = rows
         run.batch_loss_tokens = int(self.train_rows.loss_tokens[rows].sum())
         run.batch_nats = None
-
-    def _rows_of(self, run: Run, stop: int) -> np.ndarray:
-        spec, rows = run.spec, self.train_rows
-        if spec.group_by_length:
-            size = spec.global_batch_size
-            return grouped_order(rows.lengths, spec.seed, run.examples, stop, size)
-        return example_order(len(rows), spec.seed, run.examples, stop)
 
     def _micro_step(self, chosen: list[Run], rows: list[np.ndarray]) -> None:
         batch = self.train_rows.batch(rows, self.head.max_positions)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from trainers.data import token_set
+from trainers.data.reading_progress import ReadingProgress
 from trainers.data.records import Origin
 from trainers.data.sequence_packing import PackedSet, packed_order, save_order
 from trainers.data.token_rows import FittedRow
@@ -124,3 +125,17 @@ def test_packed_set_holds_the_tokens_masks_and_counts_of_its_rows(tmp_path):
             assert sequence.positions[part].tolist() == list(range(len(part)))
             seen.append(sequence.input_ids[part].tolist())
     assert sorted(seen) == sorted(rows.example(i).input_ids.tolist() for i in range(60))
+
+
+def test_reading_progress_is_silent_at_first_and_then_speaks_now_and_then():
+    now, lines = [0.0], []
+    progress = ReadingProgress(clock=lambda: now[0], say=lines.append)
+    for second in range(26):
+        now[0] = float(second)
+        for _ in range(512):
+            progress.saw("big.jsonl")
+    assert lines == [
+        "reading big.jsonl: 2,816 rows, 563 a second",
+        "reading big.jsonl: 7,936 rows, 529 a second",
+        "reading big.jsonl: 13,056 rows, 522 a second",
+    ]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tests.trainers.packs import CPU, RUN, Bench, adapter
 from tests.trainers.tiny import random_rows, tiny_model
 from tests.trainers.trials import trial
 from trainers.adapters import Pack
-from trainers.batches import RowSource, grouped_order
+from trainers.batches import RowSource
 from trainers.data import prepare_data
 from trainers.data.sequence_packing import PackedSet, packed_order
 from trainers.data.token_set import TokenizedSet
@@ -94,6 +95,12 @@ def test_check_packing_a_model_without_positions_is_refused():
         parameter.mul_(5)
     with pytest.raises(ValueError, match=r"packing: Bloom.* attends across them; set packing"):
         check_packing(Pack(model))
+
+
+def grouped_order(lengths, seed, start, stop, size):
+    """Rows start..stop of a set of these lengths, in batches of similar length."""
+    rows = SimpleNamespace(lengths=lengths, loss_token_counts=lengths)
+    return RowSource(rows, 0, CPU).order(seed, start, stop, size)
 
 
 def orders(lengths, size, epochs):

@@ -3,7 +3,7 @@
     sources, hub              which files there are
     text_files, json_rows, json_arrays, csv_rows, arrow_rows
                               their rows, with the place of each (records)
-    rows, messages, tool_calls, row_reader
+    rows, messages, tool_calls, row_reader, reading_progress
                               the rows in one of three shapes
     chat_template (chat_*)    conversations as text, and where in it the assistant speaks
     tokenizer, examples, token_rows

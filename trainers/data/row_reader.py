@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from trainers.data.reading_progress import ReadingProgress
 from trainers.data.records import BadRows, Origin, RowError
 from trainers.data.rows import Row, RowShape, detect_shape, normalised_row, wanted_columns
 from trainers.data.sources import Source, read_records
@@ -25,7 +26,9 @@ class RowReader:
         if source.ignored:
             names = ", ".join(path.name for path in source.ignored)
             self.tally.note(f"not read, as they belong to other splits: {names}")
+        progress = ReadingProgress()
         for record in read_records(source, wanted_columns(column_map), self.bad):
+            progress.saw(record.origin.path)
             shape = self._shapes.get(record.origin.path)
             if shape is None:
                 shape = detect_shape(
