@@ -7,9 +7,9 @@ import json
 import pytest
 
 from trainers.data import DataError
-from trainers.data.cache import source_key
 from trainers.data.records import BadRows
 from trainers.data.rows import KNOWN_COLUMNS
+from trainers.data.source_keys import source_key
 from trainers.data.sources import Source, read_hub, read_records
 
 pytest.importorskip("datasets")

@@ -148,12 +148,11 @@ def test_sweep_of_real_files_runs_through(tmp_path, name):
 @pytest.mark.slow
 def test_sweep_worker_killed_goes_on_and_ends_in_the_same_numbers(tmp_path):
     config = {"lora_rank": 4, "learning_rate": 3e-3, "examples": 160, "eval_every": 32}
-    run, done = sweep(tmp_path / "whole", **config)
+    run, done = sweep(tmp_path, name="whole", **config)
     assert done.returncode == 0, told(done)
     expected = [row["eval_loss"] for row in rows(next((run / "trials").iterdir()))]
-    folder = tmp_path / "killed"
-    killer = subprocess.Popen([sys.executable, "-c", KILLER, str(folder)])
-    run, done = sweep(folder, **config)
+    killer = subprocess.Popen([sys.executable, "-c", KILLER, str(tmp_path)])
+    run, done = sweep(tmp_path, **config)  # of one folder: with the same size of a forward
     assert killer.wait(timeout=60) == 0, "no worker was killed"
     assert done.returncode == 0, told(done)
     assert [row["eval_loss"] for row in rows(next((run / "trials").iterdir()))] == expected

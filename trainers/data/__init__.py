@@ -1,6 +1,6 @@
 """Data: from files, folders and hub ids to tokenized sets, with the one mask that counts and trains.
 
-    sources, hub              which files there are
+    sources, suffixes, hub    which files there are
     text_files, json_rows, json_arrays, csv_rows, arrow_rows
                               their rows, with the place of each (records)
     rows, messages, tool_calls, row_reader, reading_progress
@@ -12,7 +12,8 @@
                               one pass over all of it, and what was counted
     token_set, sequence_packing, sampling, retention
                               the sets on disk, and ways to read them
-    prepared, cache, spec     what others call
+    prepared, cache, source_keys, spec
+                              what others call
     preview                   the first rows, for people
 
 Nothing here imports torch. What is named below is loaded when it is used: `tenfold plan` with a known

@@ -17,12 +17,11 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trainers.data.records import DataError
-from trainers.data.sources import Source
 from trainers.data.tokenizer import SIDE_FILES, SLOW_FILES
 
 # Raise it whenever the same input would give other ids, masks or counts.
@@ -55,34 +54,6 @@ def file_digest(path: Path) -> str:
     if time.time_ns() - stat.st_mtime_ns > SETTLED_NS:
         write_json(memo, {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256})
     return sha256
-
-
-def source_key(source: Source) -> Any:
-    """What stands for a source's content.
-
-    A hub id is looked up through `datasets` for the files it stands for, fetched to this machine.
-    """
-    if source.hub_id is not None:
-        return _hub_files(source.hub_id, source.revision)
-    if source.saved is not None:
-        files: Iterable[Path] = sorted(path for path in source.saved.rglob("*") if path.is_file())
-    else:
-        files = source.files
-    # The name's end decides how a file is read.
-    return [[path.name.lower().split(".", 1)[-1], file_digest(path)] for path in files]
-
-
-def _hub_files(hub_id: str, revision: str | None) -> Any:
-    from trainers.data.hub import train_files
-    from trainers.data.sources import load_hub
-
-    files = train_files(hub_id, revision)
-    if files is not None:
-        named = [[file.name.lower().split(".", 1)[-1], file_digest(file.path)] for file in files]
-        return [hub_id, revision, named]
-    rows = load_hub(hub_id, revision)
-    stats = [(entry["filename"], os.stat(entry["filename"])) for entry in rows.cache_files]
-    return [hub_id, revision, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
 
 
 def tokenizer_key(folder: Path) -> Any:

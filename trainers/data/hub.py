@@ -16,7 +16,7 @@ from typing import Any
 
 from trainers.data.cache import cache_root, digest_of, read_json, write_json
 from trainers.data.records import DataError, DataFile
-from trainers.data.sources import file_suffix
+from trainers.data.suffixes import file_suffix
 
 BUILDERS = ("csv", "json", "parquet")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}

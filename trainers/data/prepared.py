@@ -21,13 +21,13 @@ from trainers.data.cache import (
     digest_of,
     file_digest,
     read_json,
-    source_key,
     tokenizer_key,
     write_folder,
     write_json,
 )
 from trainers.data.parts import Part, file_names, parts_of, place_text
 from trainers.data.records import BadRows, DataError
+from trainers.data.source_keys import source_key
 from trainers.data.sources import Source, resolve_source
 from trainers.data.spec import DataSpec
 from trainers.data.tokenizer import (

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from trainers.data.records import BadRows, DataError, DataFile, Record
+from trainers.data.suffixes import file_suffix
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 ACCEPTED = "jsonl, json, csv, tsv (each also .gz) or parquet"
 # Kinds that are met often and not read, and what to do about them.
 ADVICE = {
@@ -153,14 +153,6 @@ def _visible_files(folder: Path) -> list[Path]:
 
 def _is_hidden(name: str) -> bool:
     return name.startswith((".", "_"))
-
-
-def file_suffix(name: str) -> str:
-    """The kind of a data file by its name, without .gz; empty for a kind that is not read."""
-    name = name.lower()
-    plain = name.removesuffix(".gz")
-    kinds = SUFFIXES if plain == name else SUFFIXES[:-1]  # parquet is packed within
-    return next((suffix for suffix in kinds if plain.endswith(suffix)), "")
 
 
 def data_suffix(path: Path) -> str:
