@@ -41,8 +41,8 @@ def show_plan(plan: dict[str, Any]) -> None:
     parts = (
         _model,
         _data,
-        _bits,
-        _retention,
+        bits_lines,
+        retention_lines,
         _budget,
         _packs,
         _settings,
@@ -67,14 +67,16 @@ def _data(plan: dict[str, Any]) -> list[str]:
     return short_lines(plan["data"] | {"seq_len": plan["seq_len"]}) if plan["data"] else []
 
 
-def _bits(plan: dict[str, Any]) -> list[str]:
+def bits_lines(plan: dict[str, Any]) -> list[str]:
+    """What the data count for, and by which rule or measurement."""
     return [
         f"dataset: {plan['dataset_tokens']:,} loss-bearing tokens = {plan['dataset_bits']:,} bits to hold",
         f"  {capacity_sentence(plan)}",
     ]
 
 
-def _retention(plan: dict[str, Any]) -> list[str]:
+def retention_lines(plan: dict[str, Any]) -> list[str]:
+    """The retention set, where there is one."""
     return [retention_sentence(plan["retention"])] if plan["retention"] else []
 
 

@@ -15,6 +15,7 @@ from trainers.data.records import (
     RowError,
     SuspectColumns,
     Unusable,
+    first_line,
     printable,
 )
 from trainers.data.text_files import HEAD_BYTES, PARQUET_MARK, check_kind
@@ -140,8 +141,3 @@ def _own_values(value: Any, found: list[Unusable]) -> Any:
     if isinstance(value, Unusable):
         found.append(value)
     return value
-
-
-def first_line(error: BaseException) -> str:
-    """A library's message as one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -120,12 +120,14 @@ class Audit:
         if not names:
             return self
         places: Mapping[str, Any] = {
-            name: tuple(_renamed(line, names) for line in getattr(self, name)) for name in PLACES
+            name: tuple(renamed_place(line, names) for line in getattr(self, name))
+            for name in PLACES
         }
         return replace(self, files=files, **places)
 
 
-def _renamed(line: str, names: Mapping[str, str]) -> str:
+def renamed_place(line: str, names: Mapping[str, str]) -> str:
+    """A line with the places in it under other names of their files (old -> new)."""
     for old in sorted(names, key=len, reverse=True):
         line = line.replace(f"{old}:", f"{names[old]}:").replace(f"{old},", f"{names[old]},")
     return line

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trainers.data.chat_render import REASONING_KEYS, Message, Span
+from trainers.data.chat_render import Message, Span
+from trainers.data.messages import REASONING_KEYS
 from trainers.data.records import RowError
 
 PRIVATE_PLANES = (0xF0000, 0x100000)

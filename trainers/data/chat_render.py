@@ -14,9 +14,9 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from trainers.data.messages import REASONING_KEYS
 from trainers.data.records import DataError, RowError
 
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 CLOCK = re.compile(r"\bstrftime_now\b")
 # What foreign code can raise about a conversation that it does not expect.
 TEMPLATE_ERRORS = (

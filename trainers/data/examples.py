@@ -260,12 +260,12 @@ class RowEncoder:
         try:
             if self.completion_only:
                 rendered = self.template.assistant_spans(row)
+                if not rendered.spans:
+                    raise RowError("must have an assistant message to train on, has none")
             else:
                 from trainers.data.chat_template import Rendered
 
                 rendered = Rendered(text=self.template.text(row), spans=())
-            if self.completion_only and not rendered.spans:
-                raise RowError("must have an assistant message to train on, has none")
         except RowError as error:
             bad.add(origin, str(error))
             return None

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from trainers.data.records import NUM_SHOWN, Origin
 from trainers.data.token_set import ORIGINS, TokenizedSet, release_pages
 
 RUN = 5
@@ -26,7 +27,6 @@ NUM_BANDS, BAND_HASHES = 8, 4
 """A pair of similarity s becomes a candidate with probability 1 - (1 - s^4)^8: 98% at 0.8."""
 SAMPLED, COMMON_FRAC = 1000, 0.25
 BLOCK_TOKENS = 1 << 18
-NUM_SHOWN = 5
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -58,8 +58,7 @@ def near_duplicates(train: TokenizedSet, held_out: TokenizedSet) -> NearDuplicat
 
 
 def found_in(folder: Path) -> dict[str, Any]:
-    """The near-duplicates of a prepared dataset as JSON, each example by its place: [path, unit,
-    number].
+    """The near-duplicates of a prepared dataset as JSON, the first few as "place ~ earlier place".
 
     Args: folder: holds train/ and eval/.
     """
@@ -69,8 +68,8 @@ def found_in(folder: Path) -> dict[str, Any]:
     return {
         "num_train": found.num_train,
         "num_eval": found.num_eval,
-        "train": [[places[0].of(row), places[0].of(twin)] for row, twin in found.train],
-        "eval": [[places[1].of(row), places[0].of(twin)] for row, twin in found.eval],
+        "train": [f"{places[0].of(row)} ~ {places[0].of(twin)}" for row, twin in found.train],
+        "eval": [f"{places[1].of(row)} ~ {places[0].of(twin)}" for row, twin in found.eval],
     }
 
 
@@ -81,9 +80,10 @@ class _Places:
         self.origins = np.load(folder / f"{ORIGINS}.npy", mmap_mode="r")
         self.names = json.loads((folder / "set.json").read_text(encoding="utf-8"))["places"]
 
-    def of(self, example: int) -> list[Any]:
+    def of(self, example: int) -> Origin:
         place, number = self.origins[2 * example : 2 * example + 2].tolist()
-        return [*self.names[place], number]
+        path, unit = self.names[place]
+        return Origin(path, number, unit)
 
 
 class _Finder:

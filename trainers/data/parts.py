@@ -1,10 +1,7 @@
 """What a dataset is made of: files, folders or hub ids, their weights, and what of them is held out."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from trainers.data.records import Origin
 from trainers.data.sources import Source, resolve_source
 from trainers.data.spec import DataSpec
 
@@ -60,9 +57,3 @@ def file_names(source: Source) -> list[str]:
     if source.hub_id is not None:
         return [source.hub_id]
     return [str(source.saved)] if source.saved is not None else [str(path) for path in source.files]
-
-
-def place_text(place: Sequence[Any], names: Mapping[str, str]) -> str:
-    """A place [path, unit, number] for people, under the path's name of now."""
-    path, unit, number = place
-    return str(Origin(names.get(path, path), number, unit))

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainers.data.audit import Audit
+from trainers.data.audit import Audit, renamed_place
 from trainers.data.cache import (
     CODE_VERSION,
     cache_root,
@@ -25,7 +25,7 @@ from trainers.data.cache import (
     write_folder,
     write_json,
 )
-from trainers.data.parts import Part, file_names, parts_of, place_text
+from trainers.data.parts import Part, file_names, parts_of
 from trainers.data.records import BadRows, DataError
 from trainers.data.source_keys import source_key
 from trainers.data.sources import Source, resolve_source
@@ -93,8 +93,7 @@ def near_duplicates_of(spec: DataSpec) -> dict[str, Any]:
         write_json(folder / "near.json", known)
     names = dict(zip(read_json(folder / "audit.json")["files"], audit.files, strict=True))
     return known | {
-        side: [" ~ ".join(place_text(place, names) for place in pair) for pair in known[side]]
-        for side in ("train", "eval")
+        side: [renamed_place(line, names) for line in known[side]] for side in ("train", "eval")
     }
 
 

@@ -110,6 +110,11 @@ def fault_in(value: Any) -> str | None:
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """A library's message as one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def printable(name: str) -> str:
     """A column's name on one line, whatever it holds."""
     return name if name.isprintable() else name.encode("unicode_escape").decode()

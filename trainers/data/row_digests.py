@@ -5,9 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainers.data.records import Origin
-
-NUM_SHOWN = 5
+from trainers.data.records import NUM_SHOWN, Origin
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,12 @@ def source_key(source: Source) -> Any:
         files: Iterable[Path] = sorted(path for path in source.saved.rglob("*") if path.is_file())
     else:
         files = source.files
+    return [_file_key(path.name, path) for path in files]
+
+
+def _file_key(name: str, path: Path) -> list[str]:
     # The name's end decides how a file is read.
-    return [[path.name.lower().split(".", 1)[-1], file_digest(path)] for path in files]
+    return [name.lower().split(".", 1)[-1], file_digest(path)]
 
 
 def _hub_files(hub_id: str, revision: str | None) -> Any:
@@ -30,8 +34,7 @@ def _hub_files(hub_id: str, revision: str | None) -> Any:
 
     files = train_files(hub_id, revision)
     if files is not None:
-        named = [[file.name.lower().split(".", 1)[-1], file_digest(file.path)] for file in files]
-        return [hub_id, revision, named]
+        return [hub_id, revision, [_file_key(file.name, file.path) for file in files]]
     rows = load_hub(hub_id, revision)
     stats = [(entry["filename"], os.stat(entry["filename"])) for entry in rows.cache_files]
     return [hub_id, revision, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainers.data.records import DataError
+from trainers.data.records import DataError, first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -149,10 +149,9 @@ def _fetch_from_hub(model: str, revision: str | None) -> Path:
             allow_patterns=["tokenizer.json", *SIDE_FILES, *SLOW_FILES, "merges.txt"],
         )
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"model must be a folder or a hub id; {model} is no folder here, and from the hub:"
-            f" {reason}"
+            f" {first_line(error)}"
         ) from error
     return Path(found)
 
@@ -178,9 +177,8 @@ def _converted(folder: Path) -> "Tokenizer":
     try:
         slow = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{folder} has no tokenizer.json and cannot be converted: {reason}"
+            f"{folder} has no tokenizer.json and cannot be converted: {first_line(error)}"
         ) from error
     backend = getattr(slow, "backend_tokenizer", None)
     if backend is None:
