@@ -1,40 +1,48 @@
-"""Pretrains the shipped base, trainers/assets/tiny-llama, from nothing but a CPython installation.
+"""Pretrains a base from nothing but a CPython installation: by default the shipped one,
+trainers/assets/tiny-llama.
 
     python -m trainers.assets.make_tiny_llama --out trainers/assets/tiny-llama
 
 A Llama of 2.16M parameters with a byte-level BPE of 3,072 entries and 1,024 tokens of context. Seeded;
-made on CPython 3.11.7 (another version has another standard library, so other weights). The loss on
-the files that were held out is printed and written into the folder's README.md. A run that was killed
-goes on from its last checkpoint (--work).
+made on CPython 3.11.7 (another version has another standard library, so other weights: --stdlib names
+a copy of 3.11.7's). --hidden gives other widths at the same depth, for studies of what width does, with
+the shipped tokenizer (--tokenizer). The loss on the files that were held out is printed and written
+into the folder's README.md. A CPU run that was killed goes on from its last checkpoint (--work).
 """
 
 import argparse
 import math
-import os
 import platform
-import time
+import shutil
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainers.assets.corpus import seen_files, texts, unseen_files
+from trainers.assets.pretraining import (
+    REPORTED_WINDOWS,
+    SEED,
+    Recipe,
+    cpu_recipe,
+    cuda_recipe,
+    held_out_loss,
+    pretrain,
+)
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 BOS_ID, EOS_ID = 1, 2
 VOCAB_SIZE = 3072
-SEED = 20261125
-# CPU attention is a third of a step at 512 tokens, so most of the training is on short windows and
-# the last part on whole ones, where the later positions are learnt.
-STAGES = ((256, 16, 0.8), (1024, 4, 0.2))  # seq_len, sequences a step, share of the tokens
-PEAK_LEARNING_RATE, WARMUP_STEPS = 3e-3, 100
+HIDDEN_SIZE, NUM_LAYERS, HEAD_DIM = 192, 4, 32
+PEAK_LEARNING_RATE = 3e-3
+CPU_TOKENS, CUDA_TOKENS = 5_000_000, 12_000_000
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def train_tokenizer() -> Tokenizer:
+def train_tokenizer(stdlib: Path | None) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -44,7 +52,7 @@ def train_tokenizer() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts(seen_files()), trainer)
+    tokenizer.train_from_iterator(texts(seen_files(stdlib)), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS_ID)]
     )
@@ -57,14 +65,27 @@ def token_stream(tokenizer: Tokenizer, documents: list[str]) -> torch.Tensor:
     return torch.tensor([i for encoding in encodings for i in [*encoding.ids, EOS_ID]])
 
 
-def model_config() -> LlamaConfig:
+def num_key_value_heads(num_heads: int) -> int:
+    """A third of the heads, or else the largest even share below it."""
+    return next(num_heads // share for share in (3, 4, 2, 1) if num_heads % share == 0)
+
+
+def model_config(hidden_size: int = HIDDEN_SIZE, num_layers: int = NUM_LAYERS) -> LlamaConfig:
+    """A Llama of heads of 32; the MLP is 8/3 of the width, to the nearest 64.
+
+    Raises:
+        ValueError: hidden_size is not a positive multiple of 32.
+    """
+    if hidden_size < HEAD_DIM or hidden_size % HEAD_DIM:
+        raise ValueError(f"--hidden must be a positive multiple of {HEAD_DIM}, got {hidden_size}")
+    num_heads = hidden_size // HEAD_DIM
     return LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
+        hidden_size=hidden_size,
+        intermediate_size=64 * round(hidden_size * 8 / 3 / 64),
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_key_value_heads(num_heads),
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         pad_token_id=0,
@@ -73,102 +94,17 @@ def model_config() -> LlamaConfig:
     )
 
 
-def steps(stream: torch.Tensor, num_tokens: int) -> list[tuple[int, torch.Tensor]]:
-    """Windows for every step: (seq_len, start offsets); each stage walks shuffled whole windows."""
-    generator = torch.Generator().manual_seed(SEED)
-    plan: list[tuple[int, torch.Tensor]] = []
-    for seq_len, batch, share in STAGES:
-        starts = torch.arange(0, len(stream) - seq_len - 1, seq_len)
-        wanted = int(num_tokens * share) // (seq_len * batch)
-        order = torch.cat(
-            [
-                starts[torch.randperm(len(starts), generator=generator)]
-                for _ in range(1 + wanted * batch // len(starts))
-            ]
-        )
-        plan += [(seq_len, order[i * batch : (i + 1) * batch]) for i in range(wanted)]
-    return plan
+def peak_learning_rate(hidden_size: int) -> float:
+    """Falls with the width above the shipped one's. ASSUMPTION: 1/width, as for Adam in muP."""
+    return PEAK_LEARNING_RATE * min(1.0, HIDDEN_SIZE / hidden_size)
 
 
-def learning_rate(step: int, num_steps: int) -> float:
-    if step < WARMUP_STEPS:
-        return PEAK_LEARNING_RATE * (step + 1) / WARMUP_STEPS
-    done = (step - WARMUP_STEPS) / max(1, num_steps - WARMUP_STEPS)
-    return PEAK_LEARNING_RATE * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-@torch.no_grad()
-def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor, max_windows: int) -> float:
-    """Mean nats/token over windows of 1,024 tokens."""
-    model.eval()
-    starts = torch.arange(0, len(stream) - 1024, 1024)[:max_windows]
-    losses = [
-        model(input_ids=stream[s : s + 1024][None], labels=stream[s : s + 1024][None]).loss.item()
-        for s in starts
-    ]
-    model.train()
-    return sum(losses) / len(losses)
-
-
-def save_work(
-    work: Path, step: int, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer
-) -> None:
-    tensors = {f"model.{n}": p.detach().contiguous() for n, p in model.named_parameters()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optim.{index}.{key}": value.clone() for key, value in state.items()}
-    tensors["step"] = torch.tensor(step)
-    save_file(tensors, work / "work.safetensors.tmp")
-    os.replace(work / "work.safetensors.tmp", work / "work.safetensors")
-
-
-def load_work(work: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> int:
-    if not (work / "work.safetensors").exists():
-        return 0
-    tensors = load_file(work / "work.safetensors")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"model.{name}"])
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optim."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
-    return int(tensors["step"])
-
-
-def pretrain(
-    model: LlamaForCausalLM,
-    train: torch.Tensor,
-    held_out: torch.Tensor,
-    num_tokens: int,
-    work: Path,
-) -> None:
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1
-    )
-    plan = steps(train, num_tokens)
-    first, began = load_work(work, model, optimizer), time.time()
-    for step in range(first, len(plan)):
-        seq_len, starts = plan[step]
-        ids = torch.stack([train[s : s + seq_len] for s in starts.tolist()])
-        optimizer.param_groups[0]["lr"] = learning_rate(step, len(plan))
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % 50 == 0:
-            speed = (step + 1 - first) * 4096 / (time.time() - began)
-            print(
-                f"step {step + 1}/{len(plan)} loss {loss.item():.3f} {speed:.0f} tokens/s",
-                flush=True,
-            )
-        if (step + 1) % 200 == 0:
-            save_work(work, step + 1, model, optimizer)
-            print(f"  held out (16 windows) {held_out_loss(model, held_out, 16):.3f}", flush=True)
+def recipe_of(device: str, hidden_size: int, num_tokens: int | None) -> Recipe:
+    """Args: device: auto (cuda where there is one), cpu or cuda. num_tokens: None for the device's."""
+    peak = peak_learning_rate(hidden_size)
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        return cuda_recipe(num_tokens or CUDA_TOKENS, peak)
+    return cpu_recipe(num_tokens or CPU_TOKENS, peak)
 
 
 CHAT_TEMPLATE = (
@@ -178,25 +114,46 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-README = """# tiny-llama: the base that Tenfold ships
+README = """# {name}: {what}
 
-A Llama of {num_params:,} parameters (hidden 192, 4 layers, 6 heads over 2 key-value heads, tied head,
-1,024 tokens of context, byte-level BPE of {vocab:,} entries), stored in bfloat16, pretrained by
-`python -m trainers.assets.make_tiny_llama` on {train_tokens:,} tokens of text that CPython {python} carries
-(the language reference and the standard library's source; {num_tokens:,} tokens seen in all). One module
-in four is held out by a checksum of its name; on those the final loss is **{loss:.3f} nats/token**
-({bits:.3f} bits/byte). It is here to have something real and small to fine-tune, not to be useful by itself.
+A Llama of {num_params:,} parameters (hidden {hidden}, {layers} layers, {heads} heads over {kv_heads}
+key-value heads, tied head, 1,024 tokens of context, byte-level BPE of {vocab:,} entries), stored in {dtype},
+pretrained by `python -m trainers.assets.make_tiny_llama` on {train_tokens:,} tokens of text that CPython
+{python} carries (the language reference and the standard library's source; {num_tokens:,} tokens seen in
+all), on {device}. One module in four is held out by a checksum of its name; on those the final loss is
+**{loss:.3f} nats/token** ({bits:.3f} bits/byte). It is here to have something real and small to fine-tune,
+not to be useful by itself.
 
 The training text is the Python Software Foundation's (PSF License 2.0); the weights are Apache-2.0.
 """
 
 
-def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path, readme: str) -> None:
+def readme(model: LlamaForCausalLM, args: argparse.Namespace, facts: dict[str, object]) -> str:
+    config = model.config
+    is_shipped = (config.hidden_size, config.num_hidden_layers) == (HIDDEN_SIZE, NUM_LAYERS)
+    return README.format(
+        name=args.out.resolve().name,
+        what="the base that Tenfold ships" if is_shipped else "a base of Tenfold's studies",
+        num_params=sum(p.numel() for p in model.parameters()),
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        vocab=VOCAB_SIZE,
+        dtype={"bf16": "bfloat16", "fp32": "float32"}[args.dtype_saved],
+        python=args.stdlib.resolve().name if args.stdlib else platform.python_version(),
+        **facts,
+    )
+
+
+def save(model: LlamaForCausalLM, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    out.mkdir(parents=True, exist_ok=True)
-    cast(nn.Module, model).to(torch.bfloat16)
-    model.save_pretrained(out)
+    model.save_pretrained(args.out)
+    if args.tokenizer:
+        for name in TOKENIZER_FILES:
+            shutil.copyfile(args.tokenizer / name, args.out / name)
+        return
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -206,41 +163,69 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path, readme: str) 
         clean_up_tokenization_spaces=False,
     )
     fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(out)
-    (out / "README.md").write_text(readme)
+    fast.save_pretrained(args.out)
+
+
+def parsed_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--work", type=Path, help="checkpoints; default: a folder of /tmp by the shape"
+    )
+    parser.add_argument("--hidden", type=int, default=HIDDEN_SIZE, help="width, a multiple of 32")
+    parser.add_argument("--layers", type=int, default=NUM_LAYERS)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--tokens", type=int, help=f"of training: {CPU_TOKENS}, on cuda {CUDA_TOKENS}"
+    )
+    parser.add_argument("--dtype-saved", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="a base's folder: its tokenizer, not a new one"
+    )
+    parser.add_argument(
+        "--stdlib", type=Path, help="library to read, not this Python's; named by its version"
+    )
+    args = parser.parse_args()
+    name = f"tiny-llama-{args.hidden}x{args.layers}-{args.tokens or 'default'}"
+    args.work = args.work or Path("/tmp") / name
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/tiny-llama-work"))
-    parser.add_argument("--tokens", type=int, default=5_000_000, help="tokens of training")
-    args = parser.parse_args()
+    args = parsed_args()
+    recipe = recipe_of(args.device, args.hidden, args.tokens)
+    config = model_config(args.hidden, args.layers)
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
-    tokenizer = train_tokenizer()
-    held_out_text = list(texts(unseen_files()))
-    train = token_stream(tokenizer, list(texts(seen_files())))
+    given = args.tokenizer and Tokenizer.from_file(str(args.tokenizer / "tokenizer.json"))
+    tokenizer = given or train_tokenizer(args.stdlib)
+    held_out_text = list(texts(unseen_files(args.stdlib)))
+    train = token_stream(tokenizer, list(texts(seen_files(args.stdlib))))
     held_out = token_stream(tokenizer, held_out_text)
     print(f"{len(train):,} training tokens, {len(held_out):,} held out", flush=True)
-    model = LlamaForCausalLM(model_config())
-    pretrain(model, train, held_out, args.tokens, args.work)
-    cast(nn.Module, model).to(torch.bfloat16).to(
-        torch.float32
-    )  # the loss of what is saved, not of what was trained
-    loss = held_out_loss(model, held_out, 400)
+    model = LlamaForCausalLM(config)
+    cast(nn.Module, model).to(recipe.device)
+    num_tokens = pretrain(model, train, held_out, recipe, args.work)
+    saved = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype_saved]
+    # The loss of what is saved, not of what was trained.
+    cast(nn.Module, model).to(saved).to(torch.float32)
+    loss = held_out_loss(model, held_out, REPORTED_WINDOWS, recipe)
     bytes_per_token = sum(len(t.encode()) for t in held_out_text) / len(held_out)
-    readme = README.format(
-        num_params=sum(p.numel() for p in model.parameters()),
-        vocab=VOCAB_SIZE,
-        train_tokens=len(train),
-        num_tokens=args.tokens,
-        python=platform.python_version(),
-        loss=loss,
-        bits=loss / math.log(2) / bytes_per_token,
-    )
-    save(model, tokenizer, args.out, readme)
-    print(readme)
+    facts: dict[str, object] = {
+        "train_tokens": len(train),
+        "num_tokens": num_tokens,
+        "device": device_name(recipe.device),
+        "loss": loss,
+        "bits": loss / math.log(2) / bytes_per_token,
+    }
+    cast(nn.Module, model).to(saved)
+    save(model, tokenizer, args)
+    (args.out / "README.md").write_text(readme(model, args, facts))
+    print(readme(model, args, facts))
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
 
 
 if __name__ == "__main__":
