@@ -19,11 +19,11 @@ class Inventory:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialDemand:
-    """What one trial reserves: its workers, each with CPUs and GPUs."""
+    """What one trial reserves: its workers, each with CPUs and GPUs (a share of one where below 1)."""
 
     num_workers: int
     cpus_per_worker: int
-    gpus_per_worker: int
+    gpus_per_worker: float
 
 
 def local_inventory() -> Inventory:
@@ -52,9 +52,10 @@ def smallest_gpu_bytes() -> int | None:
 
 
 def room_per_worker(demand: TrialDemand, num_groups: int, inventory: Inventory) -> int | None:
-    """Bytes that one worker may use: its GPU's, or its share of the nodes' memory."""
+    """Bytes that one worker may use: its GPU's or its share of one, or its share of the nodes' memory."""
     if demand.gpus_per_worker:
-        return inventory.gpu_bytes
+        share = min(1.0, demand.gpus_per_worker)
+        return None if inventory.gpu_bytes is None else int(inventory.gpu_bytes * share)
     if inventory.memory_bytes is None:
         return None
     return inventory.memory_bytes // (num_groups * demand.num_workers)
@@ -92,10 +93,15 @@ def max_concurrent_trials(demand: TrialDemand, inventory: Inventory) -> int:
         needed = per_worker * demand.num_workers
         if needed > present:
             raise ValueError(
-                f"a trial needs {needed} {kind}s (workers_per_trial {demand.num_workers} x {per_worker} per worker), "
-                f"{inventory.where} has {present}; lower workers_per_trial or join a larger cluster with --address"
+                f"a trial needs {needed:g} {kind}s (workers_per_trial {demand.num_workers} x {per_worker:g} per "
+                f"worker), {inventory.where} has {present}; lower workers_per_trial or join a larger "
+                "cluster with --address"
             )
     limits = [inventory.num_cpus // (demand.cpus_per_worker * demand.num_workers)]
     if demand.gpus_per_worker:
-        limits.append(inventory.num_gpus // (demand.gpus_per_worker * demand.num_workers))
+        if demand.gpus_per_worker < 1:
+            # Rounded: 1 // 0.1 is 9.
+            limits.append(inventory.num_gpus * int(round(1 / demand.gpus_per_worker, 6)))
+        else:
+            limits.append(int(inventory.num_gpus // (demand.gpus_per_worker * demand.num_workers)))
     return min(limits)

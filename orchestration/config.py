@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -129,8 +129,8 @@ class SweepConfig(BaseModel):
     """auto: bf16 where the GPU has it, else fp32."""
     workers_per_trial: PositiveInt = 1
     cpus_per_worker: PositiveInt = 1
-    gpus_per_worker: Literal["auto", 0, 1] = "auto"
-    """auto: 1 where the cluster has GPUs."""
+    gpus_per_worker: Literal["auto", 0, 1] | Annotated[float, Field(gt=0, lt=1)] = "auto"
+    """auto: 1 where the cluster has GPUs; 0.25: four small trainings share one."""
     micro_batch_size: PositiveInt | None = None
     """Most rows of one adapter in a forward; default: as many as the forward's tokens allow."""
     engine: Literal["packed", "solo"] = "packed"
@@ -184,6 +184,12 @@ class SweepConfig(BaseModel):
             )
         if self.epochs is not None and self.examples is not None:
             raise ValueError("give epochs or examples, not both")
+        share = self.gpus_per_worker
+        if share != "auto" and 0 < share < 1 and self.workers_per_trial > 1:
+            raise ValueError(
+                f"gpus_per_worker below 1 is for one worker a trial, got {share} and workers_per_trial "
+                f"{self.workers_per_trial}; two workers of one trial cannot share a GPU"
+            )
         if self.search != "grid" and self.num_candidates is None:
             raise ValueError(f"search: {self.search} needs num_candidates")
         return self
@@ -238,6 +244,17 @@ def load_config(path: Path, **flags: Any) -> SweepConfig:
     Raises:
         ConfigError: not YAML, a duplicate or unknown key, a value out of range; all problems at once.
     """
+    values = read_values(path)
+    values |= {key: value for key, value in flags.items() if value is not None}
+    return make_config(values, str(path))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, unchecked.
+
+    Raises:
+        ConfigError: no file, not YAML, no mapping, a duplicate key.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
     try:
@@ -248,20 +265,25 @@ def load_config(path: Path, **flags: Any) -> SweepConfig:
         raise ConfigError(
             f"{path}: must hold `key: value` lines (model: ..., data: ...), holds {type(values).__name__}"
         )
-    values |= {key: value for key, value in flags.items() if value is not None}
-    return make_config(values, str(path))
+    return values
 
 
-def make_config(values: dict[str, Any], where: str) -> SweepConfig:
+Config = TypeVar("Config", bound=SweepConfig)
+
+
+def make_config(values: dict[str, Any], where: str, kind: type[Config] = SweepConfig) -> Config:
     """A checked config from plain values.
+
+    Args:
+        kind: SweepConfig, or a study's.
 
     Raises:
         ConfigError: as `load_config`.
     """
-    unknown = [_unknown_key(key, where) for key in values if key not in SweepConfig.model_fields]
-    known = {key: value for key, value in values.items() if key in SweepConfig.model_fields}
+    unknown = [_unknown_key(key, where, kind) for key in values if key not in kind.model_fields]
+    known = {key: value for key, value in values.items() if key in kind.model_fields}
     try:
-        config = SweepConfig.model_validate(known)
+        config = kind.model_validate(known)
     except ValidationError as error:
         raise ConfigError("\n".join([*unknown, *_problems(error, where)])) from error
     if unknown:
@@ -269,13 +291,9 @@ def make_config(values: dict[str, Any], where: str) -> SweepConfig:
     return config
 
 
-def _unknown_key(key: object, where: str) -> str:
-    close = difflib.get_close_matches(str(key), SweepConfig.model_fields, n=1)
-    hint = (
-        f"did you mean {close[0]!r}?"
-        if close
-        else f"known keys: {', '.join(SweepConfig.model_fields)}"
-    )
+def _unknown_key(key: object, where: str, kind: type[SweepConfig]) -> str:
+    close = difflib.get_close_matches(str(key), kind.model_fields, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(kind.model_fields)}"
     return f"{where}: unknown key {key!r}; {hint}"
 
 

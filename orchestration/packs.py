@@ -98,7 +98,9 @@ def measurement(plan: "Plan", demand: TrialDemand) -> dict[str, Any]:
     assert plan.data_spec is not None
     assert plan.audit is not None
     config = plan.config
-    device = "gpu" if demand.gpus_per_worker else f"{cpu_name()} x {demand.cpus_per_worker}"
+    gpus = demand.gpus_per_worker
+    share = f" x {gpus:g}" if gpus < 1 else ""
+    device = f"gpu{share}" if gpus else f"{cpu_name()} x {demand.cpus_per_worker}"
     seq_len = plan.data_spec.seq_len
     longest = seq_len if config.packing else min(plan.audit.max_row_tokens, seq_len)
     return {

@@ -91,7 +91,7 @@ class Pool:
         import ray.train
         from ray.train.torch import TorchTrainer
 
-        resources = {"CPU": self.demand.cpus_per_worker}
+        resources: dict[str, float] = {"CPU": self.demand.cpus_per_worker}
         if self.demand.gpus_per_worker:
             resources["GPU"] = self.demand.gpus_per_worker
         return TorchTrainer(

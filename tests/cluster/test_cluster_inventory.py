@@ -4,10 +4,16 @@ import os
 
 import pytest
 
-from cluster.inventory import Inventory, TrialDemand, local_inventory, max_concurrent_trials
+from cluster.inventory import (
+    Inventory,
+    TrialDemand,
+    local_inventory,
+    max_concurrent_trials,
+    room_per_worker,
+)
 
 
-def demand(num_workers: int, cpus: int, gpus: int = 0) -> TrialDemand:
+def demand(num_workers: int, cpus: int, gpus: float = 0) -> TrialDemand:
     return TrialDemand(num_workers=num_workers, cpus_per_worker=cpus, gpus_per_worker=gpus)
 
 
@@ -25,6 +31,9 @@ def cluster(num_cpus: int, num_gpus: int = 0) -> Inventory:
         (demand(2, 1, 1), cluster(16, 7), 3),  # 7 // 2
         (demand(1, 4, 1), cluster(16, 8), 4),  # the CPUs end first
         (demand(8, 1, 1), cluster(8, 8), 1),  # just fits
+        (demand(1, 1, 0.25), cluster(16, 1), 4),  # four share a GPU
+        (demand(1, 1, 0.1), cluster(16, 1), 10),  # 1 // 0.1 is 9
+        (demand(1, 1, 0.7), cluster(16, 2), 2),  # nobody takes the rests together
         (demand(1, 1, 0), cluster(4, 8), 4),  # GPUs that nobody asks for do not count
     ],
 )
@@ -50,6 +59,12 @@ def test_max_concurrent_trials_that_never_fit_are_refused_with_both_numbers(
     assert f"the Ray cluster has {has};" in message
     assert f"workers_per_trial {asked.num_workers} x" in message
     assert "\n" not in message
+
+
+def test_room_per_worker_of_a_shared_gpu_is_its_share():
+    gpu = Inventory(num_cpus=8, num_gpus=1, where="here", memory_bytes=1 << 40, gpu_bytes=80 << 30)
+    assert room_per_worker(demand(1, 1, 0.25), 4, gpu) == 20 << 30
+    assert room_per_worker(demand(1, 1, 1), 1, gpu) == 80 << 30
 
 
 @pytest.fixture
