@@ -13,9 +13,10 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C
 GREY = "#7d8796"
 
 
-def _layout(
+def layout(
     figure: go.Figure, title: str, x_title: str, y_title: str, height: int = 400
 ) -> go.Figure:
+    """The figure in the look that all our charts share."""
     axis = {"gridcolor": "rgba(125,135,150,0.25)", "linecolor": GREY, "zeroline": False}
     figure.update_layout(
         title={"text": title, "font": {"size": 15}},
@@ -57,7 +58,7 @@ def lr_loss_chart(records: list[TrialRecord]) -> go.Figure:
             line={"color": COLORS[index % len(COLORS)]},
         )
     _mark_diverged(figure, records)
-    figure = _layout(
+    figure = layout(
         figure, "Best eval_loss by learning rate", "learning_rate", "eval_loss (nats/token)"
     )
     rates = sorted({record.candidate["learning_rate"] for record in records})
@@ -118,7 +119,7 @@ def _curves(records: list[TrialRecord], key: str, title: str) -> go.Figure:
             },
             marker={"size": 6},
         )
-    figure = _layout(figure, title, "examples", f"{key} (nats/token)", 380 + 16 * len(records))
+    figure = layout(figure, title, "examples", f"{key} (nats/token)", 380 + 16 * len(records))
     figure.update_layout(legend={"orientation": "h", "y": -0.2 - 0.002 * len(records)})
     return figure
 
@@ -149,7 +150,7 @@ def capacity_chart(plan: dict[str, Any]) -> go.Figure:
         _mark_bits(
             figure, by_doctrine, "by the doctrine", "bottom" if by_doctrine > data_bits else "top"
         )
-    figure = _layout(figure, "Capacity: adapter bits against dataset bits", "", "bits")
+    figure = layout(figure, "Capacity: adapter bits against dataset bits", "", "bits")
     bits = [bar[0] for bar in bars.values()] + [data_bits]
     # One tick a decade: the bars carry their own numbers.
     figure.update_yaxes(

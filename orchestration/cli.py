@@ -4,6 +4,7 @@
 import argparse
 import gc
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb. Returns its exit code; bad input prints one line per problem and gives 2."""
     # pydantic looks for plugins in every installed distribution; Tenfold has none.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    args = build_parser().parse_args(argv)
+    args = _parsed(argv)
     try:
         return args.run(args)
     except ValueError as error:
@@ -31,6 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `tenfold plan ... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; a study.yaml may stand behind flags, where argparse no longer looks for one."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and getattr(args, "config", "") is None and not rest[0].startswith("-"):
+        args.config = Path(rest.pop(0))
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,12 +80,38 @@ def build_parser() -> argparse.ArgumentParser:
     resume.add_argument("run_folder", type=Path, help="runs/NAME")
     resume.add_argument("--address", help="a running Ray cluster (default: as the sweep began)")
     resume.set_defaults(run=_resume)
+    _add_study(verbs)
     demo = verbs.add_parser("demo", help="a real NF4 sweep of the shipped base on local Ray")
     demo.add_argument(
         "--name", help="folder name under runs/ (default: the first free demo, demo-2, ...)"
     )
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_study(verbs: Any) -> None:
+    text = "measure a claim of the doctrine: every point of every arm runs to its end"
+    study = verbs.add_parser("study", help=text, description=text, epilog=EXIT_CODES)
+    study.add_argument(
+        "kind", metavar="KIND", help="lr-ratio, rank, layers, batch, capacity or compute"
+    )
+    study.add_argument(
+        "config", type=Path, nargs="?", help="study.yaml; its keys win over the preset's"
+    )
+    study.add_argument("--preset", metavar="P", help="smoke, laptop, gpu or cluster")
+    study.add_argument(
+        "--name", help="folder name under runs/ (an interrupted study goes on there)"
+    )
+    study.add_argument("--address", help="a running Ray cluster (default: a local one is started)")
+    study.add_argument(
+        "--reuse",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="folder of another study whose equal points are taken over",
+    )
+    study.set_defaults(run=_study)
 
 
 def _add_check_options(verb: argparse.ArgumentParser) -> None:
@@ -164,6 +202,30 @@ def _resume(args: argparse.Namespace) -> int:
     from orchestration.run import resume_sweep
 
     return resume_sweep(args.run_folder, args.address)
+
+
+def _study(args: argparse.Namespace) -> int:
+    from orchestration.studies.config import KINDS, PRESETS, load_study
+    from orchestration.studies.run import run_study
+
+    for name, value, known in (("KIND", args.kind, KINDS), ("--preset", args.preset, PRESETS)):
+        if value is not None and value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    flags = {"name": args.name, "address": args.address}
+    config = load_study(args.kind, args.preset, args.config, **flags)
+    return run_study(
+        args.kind, config, preset=args.preset, command=_study_command(args), reuse=args.reuse
+    )
+
+
+def _study_command(args: argparse.Namespace) -> str:
+    parts = ["tenfold", "study", args.kind, *([str(args.config)] if args.config else [])]
+    for flag in ("preset", "name", "address"):
+        if (value := getattr(args, flag)) is not None:
+            parts += [f"--{flag}", value]
+    for folder in args.reuse:
+        parts += ["--reuse", str(folder)]
+    return shlex.join(parts)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -22,23 +22,38 @@ from trainers.paths import RunPaths, read_json, write_json
 NEVER_BEGAN = "the Ray actors that should have driven it died, time after time"
 
 
-def train(plan: Plan, inventory: Inventory, run: RunPaths, progress: Progress) -> None:
-    """Runs every trial of a plan that has no end yet, on the connected cluster.
+def train(
+    plan: Plan,
+    inventory: Inventory,
+    run: RunPaths,
+    progress: Progress,
+    make_work: "Callable[[Plan, TrialMaker, RunPaths], Work] | None" = None,
+) -> None:
+    """Runs every trial that has no end yet, on the connected cluster.
+
+    Args:
+        make_work: what is to be run; default: the plan's candidates.
 
     Raises:
         ValueError: no worker can load the base; a scheduler other than the run began with.
     """
     engine = _packed if plan.config.engine == "packed" else _solo
     with progress:
-        engine(plan, inventory, run, progress)
+        engine(plan, inventory, run, progress, make_work or Work)
 
 
-def _packed(plan: Plan, inventory: Inventory, run: RunPaths, progress: Progress) -> None:
+def _packed(
+    plan: Plan,
+    inventory: Inventory,
+    run: RunPaths,
+    progress: Progress,
+    make_work: "Callable[[Plan, TrialMaker, RunPaths], Work]",
+) -> None:
     from orchestration.pool import Pool
     from orchestration.thin import ThinTrial
 
     demand, packs = trial_demand(plan.config, inventory), plan_packs(plan, inventory)
-    work = _Work(plan, TrialMaker(plan, demand, packs, run), run)
+    work = make_work(plan, TrialMaker(plan, demand, packs, run), run)
     warm = work.first_trial()
     if warm is None:
         return
@@ -71,12 +86,18 @@ def _packed(plan: Plan, inventory: Inventory, run: RunPaths, progress: Progress)
         write_json(run.packs, facts | {"groups": pool.groups()})
 
 
-def _solo(plan: Plan, inventory: Inventory, run: RunPaths, progress: Progress) -> None:
+def _solo(
+    plan: Plan,
+    inventory: Inventory,
+    run: RunPaths,
+    progress: Progress,
+    make_work: "Callable[[Plan, TrialMaker, RunPaths], Work]",
+) -> None:
     from cluster.inventory import max_concurrent_trials
     from orchestration.solo import solo_trial
 
     demand, packs = trial_demand(plan.config, inventory), plan_packs(plan, inventory)
-    work = _Work(plan, TrialMaker(plan, demand, packs, run), run)
+    work = make_work(plan, TrialMaker(plan, demand, packs, run), run)
     workers = vars(demand) | {"storage": str((run.tune / "train").resolve())}
     work.run_all(
         solo_trial,
@@ -86,7 +107,7 @@ def _solo(plan: Plan, inventory: Inventory, run: RunPaths, progress: Progress) -
     )
 
 
-class _Work:
+class Work:
     """What of a run is left to do, whatever the engine."""
 
     def __init__(self, plan: Plan, maker: TrialMaker, run: RunPaths) -> None:

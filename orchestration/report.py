@@ -22,37 +22,11 @@ from orchestration.forgetting import (
 )
 from orchestration.measured import capacity_sentence
 from orchestration.packs import packs_sentence
+from orchestration.page import Card, charts, frame, section, table, tiles
 from orchestration.results import TrialRecord, best_trial, read_trials
 from orchestration.show import cut_ranks
 from orchestration.show_audit import data_text, short_cells
 from trainers.paths import RunPaths, read_json, write_text
-
-STYLE = """
-:root { color-scheme: light dark; --fg: #1c2330; --muted: #5b6575; --line: #d9dee6; --bg: #ffffff;
-  --card: #f6f8fa; --good: #1a7f37; --bad: #b42318; --accent: #0b62c4; }
-@media (prefers-color-scheme: dark) { :root { --fg: #e6e9ef; --muted: #9aa4b5; --line: #333b49;
-  --bg: #14181f; --card: #1c222c; --good: #4ac26b; --bad: #ff8a7a; --accent: #6cb2ff; } }
-* { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: var(--fg);
-  background: var(--bg); margin: 0 auto; max-width: 1080px; padding: 32px 24px 64px; }
-h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 8px; }
-p, li { max-width: 78ch; } .muted { color: var(--muted); } .good { color: var(--good); }
-.bad { color: var(--bad); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; margin: 20px 0; }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; }
-.tile b { display: block; font-size: 22px; } .tile span { color: var(--muted); font-size: 13px; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
-th, td { text-align: left; padding: 6px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--muted); font-weight: 600; white-space: nowrap; }
-td.num, th.num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-tr.chosen td { background: var(--card); font-weight: 600; }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: 12px 16px; overflow-x: auto; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 12px; }
-.chart { min-width: 0; overflow: hidden; border: 1px solid var(--line); border-radius: 8px; padding: 6px; }
-.wide { grid-column: 1 / -1; }
-@media print { body { max-width: none; } .chart { break-inside: avoid; } }
-"""
 
 
 def write_report(run: RunPaths) -> None:
@@ -78,26 +52,17 @@ def render(
     sections = [
         _header(name, plan, records, best),
         _charts(plan, records),
-        _section("Trials", _trials_table(records, best)),
-        _section("Best candidate", _best_yaml(resolved, best)),
-        _section(f"Discarded before any trial ({len(plan['discarded'])})", _discarded_table(plan)),
-        _section("Pitfalls", _pitfalls(plan)),
-        _section("Capacity", _capacity(plan)),
-        _section("Data", _data(plan)),
-        _section("Workers", _workers(packs)),
-        _section("Where the settings come from", _defaults(plan)),
-        _section("Versions", _versions(resolved)),
+        section("Trials", _trials_table(records, best)),
+        section("Best candidate", _best_yaml(resolved, best)),
+        section(f"Discarded before any trial ({len(plan['discarded'])})", _discarded_table(plan)),
+        section("Pitfalls", _pitfalls(plan)),
+        section("Capacity", _capacity(plan)),
+        section("Data", _data(plan)),
+        section("Workers", _workers(packs)),
+        section("Where the settings come from", _defaults(plan)),
+        section("Versions", _versions(resolved)),
     ]
-    title = html.escape(f"Tenfold: {name}")
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head><body>{"".join(sections)}</body></html>\n'
-    )
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
+    return frame(f"Tenfold: {name}", "".join(sections))
 
 
 def _header(
@@ -108,7 +73,7 @@ def _header(
         counts[record.status] += 1
     ended = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     score = best.best if best else None
-    tiles = [
+    numbers = [
         (f"{score['eval_loss']:.4f}" if score else "none", "best eval_loss (nats/token)"),
         (
             f"{best.base_loss:.4f}" if best and best.base_loss is not None else "?",
@@ -118,35 +83,39 @@ def _header(
         (f"{plan['dataset_bits']:,}", f"dataset bits ({plan['capacity']['source']})"),
     ]
     if best and (change := forgetting(best)) is not None:
-        tiles.append((f"{change:+.4f}", "retention_loss of the best over the base's"))
-    boxes = "".join(
-        f'<div class="tile"><b>{html.escape(b)}</b><span>{html.escape(s)}</span></div>'
-        for b, s in tiles
-    )
+        numbers.append((f"{change:+.4f}", "retention_loss of the best over the base's"))
     model = plan["model"]
     intro = (
         f"{html.escape(_short_name(str(model['name'])))}, {model['num_params'] / 1e6:,.1f}M parameters, "
         f"method {html.escape(plan['method'])}"
     )
     head = f'<h1>{html.escape(name)}</h1><p class="muted">{intro}</p>'
-    return f'{head}{_verdict(records, best)}<div class="tiles">{boxes}</div>'
+    return f"{head}{_verdict(records, best)}{tiles(numbers)}"
 
 
 def _workers(packs: dict[str, Any] | None) -> str:
     if packs is None:
         return "<p>Engine solo: every trial had workers of its own, made and ended with it.</p>"
+    headers = [
+        ("group", False),
+        ("device", False),
+        ("tokens a forward", True),
+        ("base loaded and measured in s", True),
+    ]
     rows = [
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(info.get('device') or info['lost'])}</td>"
-        f'<td class="num">{info.get("max_tokens", 0):,}</td>'
-        f'<td class="num">{info.get("loaded_in_s", 0):.1f}</td></tr>'
+        (
+            "",
+            [
+                name,
+                info.get("device") or info["lost"],
+                f"{info.get('max_tokens', 0):,}",
+                f"{info.get('loaded_in_s', 0):.1f}",
+            ],
+        )
         for name, info in sorted(packs.get("groups", {}).items())
     ]
-    head = (
-        '<tr><th>group</th><th>device</th><th class="num">tokens a forward</th>'
-        '<th class="num">base loaded and measured in s</th></tr>'
-    )
     sentence = html.escape(packs_sentence(packs).removeprefix("packs: "))
-    return f'<p>{sentence}.</p><div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+    return f"<p>{sentence}.</p>{table(headers, rows)}"
 
 
 def _short_name(model: str) -> str:
@@ -178,43 +147,14 @@ def _verdict(records: list[TrialRecord], best: TrialRecord | None) -> str:
 
 
 def _charts(plan: dict[str, Any], records: list[TrialRecord]) -> str:
-    figures = [
-        ("chart", lr_loss_chart(records)),
-        ("chart", capacity_chart(plan)),
-        ("chart wide", learning_curves(records)),
+    cards = [
+        Card(figure=lr_loss_chart(records)),
+        Card(figure=capacity_chart(plan)),
+        Card(figure=learning_curves(records), is_wide=True),
     ]
     if has_retention(records):
-        figures.append(("chart wide", retention_curves(records)))
-    parts, script = [], True
-    for css, figure in figures:
-        # plotly's script goes in once, whole: the page must work without a network.
-        body = figure.to_html(
-            full_html=False,
-            include_plotlyjs=script,
-            config={"displaylogo": False, "responsive": True, "displayModeBar": False},
-        )
-        parts.append(f'<div class="{css}">{body}</div>')
-        script = False
-    # The first chart is drawn before the grid has its other cells: each takes its cell's size at the end.
-    fit = "<script>for (const p of document.querySelectorAll('.js-plotly-plot')) Plotly.Plots.resize(p)</script>"
-    return f'<div class="charts">{"".join(parts)}</div>{fit}'
-
-
-def _table(headers: list[tuple[str, bool]], rows: list[tuple[str, list[str]]]) -> str:
-    """headers: (title, is a number); rows: (css class, cells)."""
-    head = "".join(
-        f"<th{' class=num' if num else ''}>{html.escape(title)}</th>" for title, num in headers
-    )
-    body = "".join(
-        f"<tr class='{css}'>"
-        + "".join(
-            f"<td{' class=num' if num else ''}>{html.escape(cell)}</td>"
-            for cell, (_, num) in zip(cells, headers, strict=True)
-        )
-        + "</tr>"
-        for css, cells in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        cards.append(Card(figure=retention_curves(records), is_wide=True))
+    return charts(cards)
 
 
 def _trials_table(records: list[TrialRecord], best: TrialRecord | None) -> str:
@@ -236,7 +176,7 @@ def _trials_table(records: list[TrialRecord], best: TrialRecord | None) -> str:
         ("chosen" if best and record.name == best.name else "", _trial_cells(record, retained))
         for record in records
     ]
-    return _table(headers, rows) + _retention_note(records)
+    return table(headers, rows) + _retention_note(records)
 
 
 def _trial_cells(record: TrialRecord, retained: bool) -> list[str]:
@@ -318,7 +258,7 @@ def _discarded_table(plan: dict[str, Any]) -> str:
             "+".join(c["target"]),
         ]
         rows.append(("", [*cells, item["rule"], item["reason"]]))
-    return cut + _table(headers, rows)
+    return cut + table(headers, rows)
 
 
 def _pitfalls(plan: dict[str, Any]) -> str:
@@ -326,7 +266,7 @@ def _pitfalls(plan: dict[str, Any]) -> str:
         return '<p class="good">None found.</p>'
     headers = [("pitfall", False), ("what was found", False), ("fix", False)]
     rows = [("", [p["symptom"], p["evidence"], p["fix"]]) for p in plan["pitfalls"]]
-    return _table(headers, rows)
+    return table(headers, rows)
 
 
 def _capacity(plan: dict[str, Any]) -> str:
@@ -344,12 +284,12 @@ def _data(plan: dict[str, Any]) -> str:
     if plan["retention"]:
         sentence = retention_sentence(plan["retention"])
         rows.append(("", ["retention", sentence.removeprefix("retention: ")]))
-    return _table([("", False), ("", False)], rows)
+    return table([("", False), ("", False)], rows)
 
 
 def _defaults(plan: dict[str, Any]) -> str:
     rows = [("", [d["key"], d["value"], d["source"]]) for d in plan["defaults"]]
-    return _table([("setting", False), ("value", False), ("source", False)], rows)
+    return table([("setting", False), ("value", False), ("source", False)], rows)
 
 
 def _versions(resolved: dict[str, Any]) -> str:

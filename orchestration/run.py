@@ -86,7 +86,7 @@ def resume_sweep(folder: Path, address: str | None) -> int:
         raise ValueError(
             f"{folder}: must be the folder of a sweep (plan.json, resolved.json), it is not"
         )
-    with _driving(run):
+    with driving(run):
         pass  # told before the data is read again
     values = read_json(run.resolved)["config"] | {"name": folder.resolve().name}
     values |= {"storage": str(folder.parent)} | ({"address": address} if address else {})
@@ -103,10 +103,10 @@ def resume_sweep(folder: Path, address: str | None) -> int:
 def _checked_plan(config: SweepConfig, known: "BaseLoss | None" = None) -> Plan:
     """A plan that can be trained here. known: the base's loss, where an earlier plan measured it."""
     require_weights(config.model)
-    _require_supported(config)
+    require_supported(config)
     inventory = local_inventory() if config.address is None else None
     plan = make_plan(config, known)
-    _require_trainable(plan)
+    require_trainable(plan)
     if inventory:
         plan_packs(plan, inventory)
     return plan
@@ -127,11 +127,11 @@ def _require_same_plan(run: RunPaths, plan: Plan) -> None:
         if was[key] != now[key]:
             raise ValueError(
                 f"{run.plan}: a resumed sweep must plan the same {key}, the data, the model or Tenfold "
-                f"changed ({_difference(was[key], now[key])}); start a new run with another name"
+                f"changed ({difference(was[key], now[key])}); start a new run with another name"
             )
 
 
-def _difference(was: Any, now: Any) -> str:
+def difference(was: Any, now: Any) -> str:
     if isinstance(was, dict) and isinstance(now, dict):
         changed = [key for key in was if was[key] != now.get(key)]
         return ", ".join(f"{key} {was[key]} -> {now.get(key)}" for key in changed)[:300]
@@ -153,7 +153,7 @@ def _train(plan: Plan, run: RunPaths, console: Console, write_inputs: Any) -> in
         sweep.start_ray(plan.config.address)
         inventory = sweep.cluster_inventory(local=plan.config.address is None)
         plan_packs(plan, inventory)
-        with _driving(run), _removed_if_refused(run):
+        with driving(run), _removed_if_refused(run):
             write_inputs()
             engines.train(plan, inventory, run, progress)
     finally:
@@ -162,7 +162,7 @@ def _train(plan: Plan, run: RunPaths, console: Console, write_inputs: Any) -> in
 
 
 @contextmanager
-def _driving(run: RunPaths) -> Iterator[None]:
+def driving(run: RunPaths) -> Iterator[None]:
     """Two drivers of one run would train every trial twice into the same files."""
     run.root.mkdir(parents=True, exist_ok=True)
     with run.lock.open("a") as file:
@@ -192,7 +192,7 @@ def _require_new(run: RunPaths) -> None:
         )
 
 
-def _require_supported(config: SweepConfig) -> None:
+def require_supported(config: SweepConfig) -> None:
     if config.data is None:
         raise ValueError("a sweep needs data; dataset_tokens alone is enough for plan only")
     if config.method != "sft":
@@ -201,7 +201,7 @@ def _require_supported(config: SweepConfig) -> None:
         )
 
 
-def _require_trainable(plan: Plan) -> None:
+def require_trainable(plan: Plan) -> None:
     targets = {candidate.target for candidate in plan.pruned.admitted}
     targets |= {domain.target for domain in plan.domains if domain.admissible}
     for target in sorted(targets):

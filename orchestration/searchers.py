@@ -2,7 +2,6 @@
 
 import logging
 import math
-import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from orchestration.rungs import CLOCK, METRIC, MODE
+from orchestration.searcher_state import restore_state, save_state
 from search_spaces.candidate import Candidate, grid_candidates
 from search_spaces.domains import Choice, LogUniform, SearchSpace, TargetDomain
 from trainers.metrics import DIVERGED_LOSS
@@ -50,10 +50,10 @@ class ListSearcher(Searcher):
         pass
 
     def save(self, checkpoint_path: str) -> None:
-        _save(self, checkpoint_path)
+        save_state(self, checkpoint_path)
 
     def restore(self, checkpoint_path: str) -> None:
-        _restore(self, checkpoint_path)
+        restore_state(self, checkpoint_path)
 
 
 @dataclass
@@ -152,10 +152,10 @@ class OptunaSearcher(Searcher):
             self._inner.on_trial_complete(asked.inner_id, {METRIC: loss})
 
     def save(self, checkpoint_path: str) -> None:
-        _save(self, checkpoint_path)
+        save_state(self, checkpoint_path)
 
     def restore(self, checkpoint_path: str) -> None:
-        _restore(self, checkpoint_path)
+        restore_state(self, checkpoint_path)
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its searcher; make_trial holds a plan and whatever else its caller bound.
@@ -304,13 +304,3 @@ def _score(result: dict[str, Any]) -> float | None:
     if loss is None or not math.isfinite(loss) or loss >= DIVERGED_LOSS:
         return None
     return float(loss)
-
-
-def _save(searcher: Searcher, path: str) -> None:
-    with open(path, "wb") as file:
-        pickle.dump(searcher.__getstate__(), file)
-
-
-def _restore(searcher: Searcher, path: str) -> None:
-    with open(path, "rb") as file:
-        vars(searcher).update(pickle.load(file))

@@ -20,9 +20,16 @@ class TrialMaker:
     """Makes the dicts that `trainers.sft_trainer.TrialSpec.from_dict` reads, and keeps each on disk."""
 
     def __init__(
-        self, plan: "Plan", demand: "TrialDemand", packs: "PackPlan", run: RunPaths
+        self,
+        plan: "Plan",
+        demand: "TrialDemand",
+        packs: "PackPlan",
+        run: RunPaths,
+        *,
+        keep_weights: bool = True,
     ) -> None:
         self.plan, self.demand, self.packs, self.run = plan, demand, packs, run
+        self.keep_weights = keep_weights
 
     def make(self, candidate: Candidate) -> dict[str, Any]:
         """A trial's dict, not written."""
@@ -48,6 +55,7 @@ class TrialMaker:
             "micro_batch_size": config.micro_batch_size,
             "max_tokens": self.packs.max_tokens,
             "num_threads": self.demand.cpus_per_worker,
+            "keep_weights": self.keep_weights,
         }
 
     def write(self, candidate: Candidate) -> dict[str, Any]:

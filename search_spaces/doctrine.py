@@ -12,6 +12,7 @@ Method = Literal["sft", "rl"]
 
 BLOG = "LoRA Without Regret (Thinking Machines, 2025)"
 USER_DOCTRINE = "docs/doctrine.md, section 1"
+STUDY_DOCTRINE = "docs/doctrine.md, section 4"
 TINKER = "tinker-cookbook hyperparam_utils.py (Thinking Machines, 2025)"
 COOKBOOKS = "TRL and tinker-cookbook GRPO recipes"
 
@@ -44,6 +45,15 @@ SHORT_RUN_STEPS = Rule(
     value=100,
     source=BLOG,
     evidence="'about 100': read off curves, not fitted",
+)
+LR_RATIO_WIDTH_ALPHA = Rule(
+    key="lr_ratio_width_alpha",
+    value=2.0,
+    source=STUDY_DOCTRINE,
+    evidence="the rival law hidden / (2 alpha): 10 at hidden 640, alpha 32; one rough look only",
+)
+STUDY_LEAST = Rule(
+    key="study_least", value=(300, 3), source=STUDY_DOCTRINE, evidence="optimizer steps and seeds"
 )
 LR_LEVEL_WIDTH = Rule(
     key="lr_level_width",
@@ -97,7 +107,7 @@ LR_GRID_DECADES = Rule(
 LR_GRID_STEP_DECADES = Rule(
     key="lr_grid_step_decades",
     value=0.25,
-    source="docs/doctrine.md, section 4",
+    source=STUDY_DOCTRINE,
     evidence="10^0.25 between neighbours: 7 points over +-0.75 decade",
 )
 LR_EXTRAPOLATED_DECADES = Rule(
@@ -209,7 +219,8 @@ RANK_TABLE = Rule(
 )
 
 RULES: tuple[Rule[object], ...] = (
-    *(LR_RATIO, LR_RATIO_SHORT, SHORT_RUN_STEPS, LR_LEVEL_WIDTH, LR_LEVEL, LR_CHECKED_HIDDEN),
+    *(LR_RATIO, LR_RATIO_SHORT, SHORT_RUN_STEPS, LR_RATIO_WIDTH_ALPHA, STUDY_LEAST),
+    *(LR_LEVEL_WIDTH, LR_LEVEL, LR_CHECKED_HIDDEN),
     *(TINKER_LR_LEVEL, TINKER_EXPONENTS, RL_FULL_FT_LR, RL_LR_GRID, LR_GRID_DECADES),
     *(LR_GRID_STEP_DECADES, LR_EXTRAPOLATED_DECADES, LR_COVERAGE, BATCH_RANGE, ALPHA, DROPOUT),
     *(TARGET, BITS_PER_PARAM, BITS_PER_TOKEN, BITS_PER_EPISODE, QUICK_PARAMS_FACTOR),
@@ -308,6 +319,11 @@ def lora_learning_rate(full_ft_learning_rate: float) -> float:
     Source: LR_RATIO.
     """
     return LR_RATIO.value * full_ft_learning_rate
+
+
+def rival_lr_ratio(hidden_size: int, lora_alpha: float) -> float:
+    """LoRA / FullFT learning rate by the rival law; alpha > 0. Source: LR_RATIO_WIDTH_ALPHA."""
+    return _checked_width(hidden_size) / (LR_RATIO_WIDTH_ALPHA.value * lora_alpha)
 
 
 def tinker_lora_learning_rate(hidden_size: int, model_type: str) -> float:

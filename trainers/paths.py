@@ -140,6 +140,12 @@ def replace_folder(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_folder(target: Path) -> None:
+    """Removes a folder that may not be there, and what a replacement left beside it."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.rmtree(target.with_name(f".{target.name}.old"), ignore_errors=True)
+
+
 def existing_folder(target: Path) -> Path | None:
     """The folder, or the one it was about to replace, or None."""
     candidates = (target, target.with_name(f".{target.name}.old"))

@@ -34,7 +34,13 @@ from trainers.loop import Evaluation, Run, RunSpec, Trainer, new_run
 from trainers.measure import measure_max_tokens
 from trainers.meta_shape import shape_of_config
 from trainers.metrics import best_row
-from trainers.paths import TrialPaths, read_json_lines, write_json, write_json_lines
+from trainers.paths import (
+    TrialPaths,
+    read_json_lines,
+    remove_folder,
+    write_json,
+    write_json_lines,
+)
 from trainers.speed import measured_once, read_speed
 
 if TYPE_CHECKING:
@@ -59,6 +65,8 @@ class TrialSpec:
         micro_batch_size: most rows of one forward on one worker; None: as many as max_tokens allows.
         max_tokens: of one forward on one worker, over all adapters of a pack.
         num_threads: torch threads of a CPU worker; part of what makes two runs identical.
+        keep_weights: whether weights outlive the trial; False: a study wants its numbers alone, and a
+            fine-tuned model per point fills a disk.
     """
 
     name: str
@@ -72,6 +80,7 @@ class TrialSpec:
     micro_batch_size: int | None = None
     max_tokens: int = DEFAULT_MAX_TOKENS
     num_threads: int = 1
+    keep_weights: bool = True
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrialSpec":
@@ -252,8 +261,12 @@ class Station:
             self.weights.restore(self.model)
 
     def changed_to(self, spec: TrialSpec) -> "Station":
-        """The station for another trial, after `close`; the base is loaded again only if it is another."""
-        return Station(spec, self.comm, self.model if spec.base == self.base else None)
+        """The station for another trial, after `close`; the base is loaded again only if it is another.
+        Forwards keep the size that was measured."""
+        station = Station(spec, self.comm, self.model if spec.base == self.base else None)
+        limits = replace(station.trainer.limits, max_tokens=self.trainer.limits.max_tokens)
+        station.trainer.limits = limits
+        return station
 
 
 class Recorder:
@@ -279,7 +292,7 @@ class Recorder:
         # A restart goes on from the checkpoint: rows written after it will be written again.
         self.rows = [row for row in read_json_lines(paths.metrics) if row["examples"] <= examples]
         best = best_row(self.rows)
-        if writes and best is not None and best["examples"] == examples:
+        if self._keeps and best is not None and best["examples"] == examples:
             copy_weights(paths.checkpoint, paths.best)  # a worker that died before it did
 
     def __call__(self, run: Run, evaluation: Evaluation) -> bool:
@@ -302,8 +315,12 @@ class Recorder:
             base_name=self.spec.base.model,
             revision=self.spec.base.revision,
         )
-        if best_row(self.rows) is row:
+        if self._keeps and best_row(self.rows) is row:
             copy_weights(self.paths.checkpoint, self.paths.best)
+
+    @property
+    def _keeps(self) -> bool:
+        return self.writes and self.spec.keep_weights
 
     @property
     def trained_rows(self) -> list[dict[str, Any]]:
@@ -318,6 +335,8 @@ class Recorder:
         """Writes how the trial ended."""
         if self.writes:
             self.write_status(self.paths, run.status, run.reason, run.examples, run.steps)
+            if not self.spec.keep_weights:
+                remove_folder(self.paths.checkpoint)
 
     @staticmethod
     def write_status(

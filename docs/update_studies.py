@@ -1,0 +1,94 @@
+"""Puts finished studies into docs/studies and their pictures into the README's "What we measured".
+
+python docs/update_studies.py runs/lr-ratio-laptop ...      (needs Chromium for the pictures)
+
+Of each study docs/studies/NAME gets study.yaml, results.json, results.csv, report.html and picture.png.
+The reports share one copy of plotly's script (docs/studies/plotly.min.js). Without arguments the README's
+section is written again from what is there.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+from update_readme import CHROMIUM, CHROMIUM_FLAGS, ROOT
+
+from orchestration.page import Card, charts, frame
+from orchestration.studies.charts import picture
+from orchestration.studies.config import KINDS
+from orchestration.studies.report import render
+from trainers.paths import read_json
+
+STUDIES = ROOT / "docs" / "studies"
+SCRIPT = "plotly.min.js"
+COPIED = ("study.yaml", "results.json", "results.csv")
+
+
+def add(run: Path) -> None:
+    results = read_json(run / "results.json")
+    if results["status"] != "complete":
+        sys.exit(f"{run}: must be a complete study, it is {results['status']}; run it to its end")
+    target = STUDIES / run.name
+    target.mkdir(parents=True, exist_ok=True)
+    for name in COPIED:
+        if (run / name).exists():
+            shutil.copyfile(run / name, target / name)
+    page = render(results).replace(get_plotlyjs(), "")
+    page = page.replace("</head>", f'<script src="../{SCRIPT}"></script></head>', 1)
+    (target / "report.html").write_text(page)
+    (STUDIES / SCRIPT).write_text(get_plotlyjs())
+    take_picture(results, target / "picture.png")
+
+
+def take_picture(results: dict[str, Any], target: Path) -> None:
+    if CHROMIUM is None:
+        sys.exit("docs/update_studies.py needs chromium on the PATH for the pictures")
+    figure = picture(results)
+    if figure is None:
+        sys.exit(f"{target.parent.name}: a study must have a figure with values, it has none")
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "page.html"
+        page.write_text(frame(results["name"], charts([Card(figure=figure, is_wide=True)])))
+        flags = [f"--user-data-dir={folder}/profile", "--window-size=1000,620"]
+        command = [CHROMIUM, *CHROMIUM_FLAGS, *flags, f"--screenshot={target}", page.as_uri()]
+        subprocess.run(command, check=True, capture_output=True)
+
+
+def section() -> str:
+    """The README's section: a picture and a line for each study."""
+    found = [
+        read_json(path) | {"folder": path.parent.name} for path in STUDIES.glob("*/results.json")
+    ]
+    lines = []
+    for results in sorted(found, key=lambda each: (KINDS.index(each["kind"]), each["folder"])):
+        folder, verdict = f"docs/studies/{results['folder']}", results["verdict"]
+        lines += [
+            f"**{results['question']}** {verdict['status'].capitalize()}. {verdict['sentence']} "
+            f"({results['machine']}; [report]({folder}/report.html), `{results['command']}`)",
+            f"![{results['folder']}]({folder}/picture.png)",
+        ]
+    return "\n\n".join(lines)
+
+
+def main() -> None:
+    for name in sys.argv[1:]:
+        add(Path(name))
+    readme = ROOT / "README.md"
+    block = f"<!-- studies -->\n{section()}\n<!-- end studies -->"
+    text, count = re.subn(
+        r"<!-- studies -->.*?<!-- end studies -->",
+        lambda _: block,
+        readme.read_text(),
+        flags=re.DOTALL,
+    )
+    assert count == 1, "the README must hold the two markers once"
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

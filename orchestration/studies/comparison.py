@@ -1,0 +1,80 @@
+"""The arms of a study beside each other: points, optima, curves."""
+
+import statistics
+from dataclasses import dataclass
+from functools import cached_property
+
+from orchestration.planning import Plan
+from orchestration.results import TrialRecord
+from orchestration.studies.agenda import points_of, records_of
+from orchestration.studies.arms import Arm
+from orchestration.studies.config import StudyConfig
+from search_spaces.studies.optimum import ArmOptimum, arm_optimum
+from search_spaces.studies.points import Point, Unsettled
+
+Curve = list[tuple[int, float, float]]
+"""(examples, mean eval_loss, standard deviation over seeds)."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that a conclusion is drawn from."""
+
+    kind: str
+    config: StudyConfig
+    plan: Plan
+    arms: tuple[Arm, ...]
+    records: tuple[TrialRecord, ...]
+
+    @property
+    def full_arms(self) -> list[Arm]:
+        return [arm for arm in self.arms if arm.full_finetune]
+
+    @property
+    def lora_arms(self) -> list[Arm]:
+        return [arm for arm in self.arms if not arm.full_finetune]
+
+    def full_of(self, arm: Arm) -> Arm:
+        """The full-fine-tuning arm that a LoRA arm is compared with: that of its batch."""
+        batch = arm.template.global_batch_size
+        return next(a for a in self.full_arms if a.template.global_batch_size == batch)
+
+    def points(self, arm: Arm) -> list[Point]:
+        return points_of(arm, self.records)
+
+    @cached_property
+    def _optima(self) -> dict[str, ArmOptimum | Unsettled]:
+        tolerance = self.config.tolerance_frac
+        return {
+            arm.label: arm_optimum(self.points(arm), tolerance_frac=tolerance) for arm in self.arms
+        }
+
+    def optimum(self, arm: Arm) -> ArmOptimum | Unsettled:
+        return self._optima[arm.label]
+
+    def curve(self, arm: Arm) -> Curve:
+        """The learning curve at the measured learning rate nearest to the arm's optimum that ran with most
+        seeds; empty while there is no optimum."""
+        found = self.optimum(arm)
+        records = [r for r in records_of(arm, self.records) if r.status == "finished"]
+        if isinstance(found, Unsettled) or not records:
+            return []
+        by_rate: dict[float, list[TrialRecord]] = {}
+        for record in records:
+            by_rate.setdefault(record.candidate["learning_rate"], []).append(record)
+        most = max(len(runs) for runs in by_rate.values())
+        full = {rate: runs for rate, runs in by_rate.items() if len(runs) == most}
+        rate = min(full, key=lambda rate: abs(rate / found.learning_rate - 1))
+        return mean_curve(full[rate])
+
+
+def mean_curve(records: list[TrialRecord]) -> Curve:
+    """Mean and spread over runs, at the evaluations that all of them have."""
+    rows = [{row["examples"]: row["eval_loss"] for row in record.rows} for record in records]
+    shared = sorted(set(rows[0]).intersection(*rows[1:]))
+    found: Curve = []
+    for examples in shared:
+        losses = [row[examples] for row in rows]
+        spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
+        found.append((examples, statistics.fmean(losses), spread))
+    return found

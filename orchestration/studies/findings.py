@@ -1,0 +1,105 @@
+"""What a study of learning-rate curves found: the arms, and what its kind concludes from them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from orchestration.planning import Plan
+from orchestration.results import TrialRecord
+from orchestration.studies import batch, layers, lr_ratio, rank
+from orchestration.studies.arms import Arm
+from orchestration.studies.comparison import Comparison
+from orchestration.studies.config import StudyConfig
+from orchestration.studies.frame import StudyFacts, frame
+from orchestration.studies.results import arm_dict, plan_facts
+
+Conclusion = Callable[[Comparison], dict[str, Any]]
+KINDS: dict[str, Conclusion] = {
+    "lr-ratio": lr_ratio.conclusion,
+    "rank": rank.conclusion,
+    "layers": layers.conclusion,
+    "batch": batch.conclusion,
+}
+
+
+def findings(
+    facts: StudyFacts,
+    config: StudyConfig,
+    plan: Plan,
+    arms: Sequence[Arm],
+    records: Sequence[TrialRecord],
+    *,
+    complete: bool,
+) -> dict[str, Any]:
+    """results.json of a study on one set of data.
+
+    Args:
+        complete: whether every arm has all its points.
+    """
+    model, data = plan_facts(plan)
+    name = config.name or f"{facts.kind}-{facts.preset or 'study'}"
+    compared = Comparison(facts.kind, config, plan, tuple(arms), tuple(records))
+    parts = KINDS[facts.kind](compared)
+    shared = {
+        "arms": [arm_dict(arm, records, config) for arm in arms],
+        "protocol": protocol(config, plan),
+        "limits": limits(config, plan) + parts.pop("limits", []),
+    }
+    return frame(facts, name, complete=complete, model=model, data=data) | shared | parts
+
+
+def protocol(config: StudyConfig, plan: Plan) -> list[list[str]]:
+    """How every point was trained."""
+    assert plan.budget is not None
+    assert plan.audit is not None
+    seeds = ", ".join(map(str, config.seed_list))
+    return [
+        [
+            "budget",
+            f"{plan.budget.num_examples:,} examples for every run; the loss at its end counts",
+        ],
+        [
+            "optimizer",
+            f"AdamW, betas 0.9 and 0.999, weight decay {config.weight_decay}, gradient norm clipped at "
+            f"{config.max_grad_norm}, {config.lr_schedule} learning rate, warm-up {config.warmup}",
+        ],
+        ["numbers", f"weights and optimizer in {config.dtype}, base {config.quantization}"],
+        ["LoRA", "A uniform at 1/sqrt(d_in), B zero, scale alpha/rank, one learning rate for both"],
+        [
+            "seeds",
+            f"{seeds}; a seed is a data order (the same in all arms) and the start of A. The first runs the "
+            f"whole grid, the others what lies within {config.seed_window_decades} decades of its best",
+        ],
+        [
+            "grids",
+            "steps of 10^0.25; they grow at an edge, and beside a diverged run they are refined",
+        ],
+        ["early stopping", "none: it would favour high learning rates"],
+        [
+            "held out",
+            f"{plan.audit.num_eval_rows} rows, by content hash; loss in nats per loss-bearing token",
+        ],
+    ]
+
+
+def limits(config: StudyConfig, plan: Plan) -> list[str]:
+    """What a reader must not conclude."""
+    assert plan.budget is not None
+    shape = plan.shape
+    found = [
+        f"One base ({shape.num_params / 1e6:,.1f}M parameters, hidden {shape.hidden_size}) and one data set: "
+        "other widths, data and budgets can differ."
+    ]
+    batch_sizes = config.global_batch_size
+    smallest = min(batch_sizes) if isinstance(batch_sizes, list) else batch_sizes
+    steps = plan.budget.num_examples / (smallest if isinstance(smallest, int) else 16)
+    if steps < 300:
+        found.append(
+            f"Runs of {steps:.0f} steps: below 300 the ratio is biased upwards (about 15 under 100 steps)."
+        )
+    if len(config.seed_list) < 3:
+        found.append(
+            f"{len(config.seed_list)} seed(s): three are the least for an interval one can use."
+        )
+    if plan.audit and plan.budget.num_examples > plan.audit.num_train_rows:
+        found.append("The budget is more than one epoch: part of the loss is overfitting.")
+    return found

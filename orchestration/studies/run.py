@@ -1,0 +1,254 @@
+"""`tenfold study` from config to report: arms on the warm pool until each has its optimum."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cluster.inventory import local_inventory, max_concurrent_trials
+from orchestration.config import SweepConfig
+from orchestration.exit_codes import INTERRUPTED, NO_RESULT
+from orchestration.models import require_weights
+from orchestration.packs import trial_demand
+from orchestration.planning import Plan, make_plan
+from orchestration.progress import Progress
+from orchestration.run import difference, driving, require_supported, require_trainable, versions
+from orchestration.studies.agenda import Agenda, retry_failed
+from orchestration.studies.arms import CURVE_KINDS, Arm, make_arms
+from orchestration.studies.config import StudyConfig, write_study_yaml
+from orchestration.studies.findings import findings
+from orchestration.studies.frame import StudyFacts
+from orchestration.studies.results import write_results
+from search_spaces.candidate import Candidate
+from search_spaces.pruner import DiscardedList, PruneResult
+from trainers.paths import RunPaths, read_json, write_json
+
+FULL_FT_BYTES = 20
+"""Of a parameter in full fine-tuning: weight, gradient and two AdamW moments in fp32, and the copy of the
+base that the next trial begins from."""
+USABLE_SHARE = 0.8
+
+
+def run_study(
+    kind: str,
+    config: StudyConfig,
+    *,
+    preset: str | None,
+    command: str,
+    reuse: Sequence[Path] = (),
+) -> int:
+    """Runs a study, or goes on with it, and returns the exit code.
+
+    Args:
+        command: what reruns it, for the report.
+        reuse: folders of other studies whose equal points are taken over.
+
+    Raises:
+        ValueError: anything that can be known before a trial starts.
+    """
+    run = RunPaths(Path(config.storage) / (config.name or f"{kind}-{preset or 'study'}"))
+    _require_studies(reuse)
+    facts = StudyFacts(kind=kind, preset=preset, command=command, versions=versions())
+    if kind == "capacity":
+        from orchestration.studies.capacity_run import run_capacity
+
+        return run_capacity(config, run, facts)
+    if kind == "compute":
+        from orchestration.studies.compute_run import run_compute_study
+
+        return run_compute_study(config, run, facts)
+    return _run_curves(config, run, facts, reuse)
+
+
+def _run_curves(
+    config: StudyConfig, run: RunPaths, facts: StudyFacts, reuse: Sequence[Path]
+) -> int:
+    assert facts.kind in CURVE_KINDS
+    plan = checked_plan(config)
+    arms = make_arms(facts.kind, config, plan)
+    _require_full_ft(config, plan, arms)
+    console = Console(highlight=False)
+    _say_arms(console, arms, config)
+    with driving(run):
+        begin(run, config, facts, fixed_facts(config, plan))
+        for name in retry_failed(run):
+            console.print(f"{name} failed before: it is tried once more", markup=False)
+        agenda = Agenda(arms, config, run, lambda candidate: {})
+        if not agenda.is_complete():
+            train_arms(plan, arms, config, run, console, reuse)
+        complete = agenda.is_complete()
+        results = findings(facts, config, plan, arms, agenda.records(), complete=complete)
+        write_results(run, results)
+    return conclude(console, run, results)
+
+
+def checked_plan(config: SweepConfig) -> Plan:
+    """The plan of everything but arms: model, data, budget.
+
+    Raises:
+        ValueError: what cannot be trained.
+    """
+    require_weights(config.model)
+    require_supported(config)
+    plan = make_plan(config)
+    require_trainable(plan)
+    return plan
+
+
+def _require_studies(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        if not RunPaths(folder).trials.is_dir():
+            raise ValueError(
+                f"--reuse {folder}: must be the folder of a study (trials/), it is not"
+            )
+
+
+def _require_full_ft(config: StudyConfig, plan: Plan, arms: Sequence[Arm]) -> None:
+    """Full fine-tuning must be possible, and fit a worker.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not any(arm.full_finetune for arm in arms):
+        return
+    if config.quantization != "none" or config.dtype != "fp32":
+        raise ValueError(
+            "a study with a full-fine-tuning arm needs quantization: none and dtype: fp32 (in bf16 small "
+            f"updates are lost and the ratio comes out too high), got {config.quantization} and {config.dtype}"
+        )
+    if config.address is not None:
+        return  # its workers' memory is not known here
+    inventory = local_inventory()
+    room = inventory.gpu_bytes or inventory.memory_bytes
+    need = FULL_FT_BYTES * plan.shape.num_params
+    if room is not None and need > USABLE_SHARE * room:
+        raise ValueError(
+            f"full fine-tuning of {plan.shape.num_params:,} parameters needs {need:,} bytes "
+            f"({FULL_FT_BYTES} a parameter) on one worker, {USABLE_SHARE:.0%} of {inventory.where}'s "
+            f"{room:,} bytes do not hold them; study a smaller model (sharded full fine-tuning is not there yet)"
+        )
+
+
+def _say_arms(console: Console, arms: Sequence[Arm], config: StudyConfig) -> None:
+    for arm in arms:
+        console.print(
+            f"{arm.label}: {arm.trained_params:,} parameters, {len(arm.grid)} learning rates "
+            f"{arm.grid[0]:.2e} to {arm.grid[-1]:.2e}, seeds {', '.join(map(str, config.seed_list))}",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def begin(run: RunPaths, config: StudyConfig, facts: StudyFacts, fixed: dict[str, Any]) -> None:
+    """Writes what the study is, or finds it as it was.
+
+    Args:
+        fixed: what may not change when it goes on; seeds, arms and grids may grow.
+
+    Raises:
+        ValueError: the folder is another study's, or no study's.
+    """
+    now = {"kind": facts.kind, **fixed}
+    if run.resolved.is_file():
+        was = read_json(run.resolved)["fixed"]
+        for key in now:
+            if was.get(key) != now[key]:
+                raise ValueError(
+                    f"{run.root}: a study that goes on must keep its {key} "
+                    f"({difference(was.get(key), now[key])}); give another name (--name)"
+                )
+    elif run.root.exists() and any(path.name != run.lock.name for path in run.root.iterdir()):
+        raise ValueError(f"{run.root}: must be a study's folder or a new one; give another --name")
+    write_study_yaml(run.root / "study.yaml", config)
+    resolved = {"config": config.model_dump(mode="json"), "versions": facts.versions, "fixed": now}
+    write_json(run.resolved, resolved)
+
+
+def fixed_facts(config: StudyConfig, plan: Plan) -> dict[str, Any]:
+    """What every point of a study shares."""
+    assert plan.audit is not None
+    assert plan.budget is not None
+    assert plan.data_spec is not None
+    keys = (
+        "quantization",
+        "dtype",
+        "lr_schedule",
+        "warmup",
+        "weight_decay",
+        "max_grad_norm",
+        "dropout",
+    )
+    return {
+        "model": {"num_params": plan.shape.num_params, "hidden_size": plan.shape.hidden_size},
+        "data": plan.audit.to_dict(),
+        "budget": {
+            "num_examples": plan.budget.num_examples,
+            "eval_every": plan.budget.eval_every,
+            "seq_len": plan.data_spec.seq_len,
+        },
+        "training": {key: getattr(config, key) for key in keys},
+    }
+
+
+def with_candidates(plan: Plan, candidates: tuple[Candidate, ...]) -> Plan:
+    """The plan with these candidates in the place of its search's."""
+    nothing = DiscardedList()
+    admitted = PruneResult(admitted=candidates, discarded=nothing, advised=nothing)
+    return replace(plan, pruned=admitted)
+
+
+def train_arms(
+    plan: Plan,
+    arms: Sequence[Arm],
+    config: StudyConfig,
+    run: RunPaths,
+    console: Console,
+    reuse: Sequence[Path] = (),
+) -> None:
+    """Trains what the arms still need, on Ray."""
+    from orchestration import engines, sweep
+    from orchestration.studies.work import StudyWork, candidates_of
+
+    plan = with_candidates(plan, candidates_of(arms))
+    assert plan.budget is not None
+    progress = Progress([], 0, plan.budget.num_examples, console, _expected(arms, config))
+    try:
+        sweep.start_ray(config.address)
+        inventory = sweep.cluster_inventory(local=config.address is None)
+        demand = trial_demand(config, inventory)
+        # A GPU's group holds many adapters: it must not be emptied for every full fine-tuning.
+        in_turn = bool(demand.gpus_per_worker) or max_concurrent_trials(demand, inventory) == 1
+        make_work = partial(StudyWork, arms, config, reuse, in_turn)
+        engines.train(plan, inventory, run, progress, make_work)
+    finally:
+        sweep.stop_ray()
+
+
+def _expected(arms: Sequence[Arm], config: StudyConfig) -> int:
+    """Points of the study if no grid grows."""
+    window = 1 + 2 * round(config.seed_window_decades / 0.25)
+    others = len(config.seed_list) - 1
+    return sum(len(arm.grid) + others * min(window, len(arm.grid)) for arm in arms)
+
+
+def conclude(console: Console, run: RunPaths, results: dict[str, Any]) -> int:
+    """Says what was found, and gives the exit code."""
+    for table in results["tables"][:1]:
+        console.print(f"{table['title']}:", markup=False)
+        for row in table["rows"]:
+            console.print("  " + "  ".join(row), markup=False, soft_wrap=True)
+    verdict = results["verdict"]
+    console.print(f"{verdict['status']}: {verdict['sentence']}", markup=False, soft_wrap=True)
+    if verdict["would_decide"]:
+        console.print(
+            f"what would decide it: {verdict['would_decide']}", markup=False, soft_wrap=True
+        )
+    console.print(f"report: {run.report}", markup=False, soft_wrap=True)
+    if results["status"] == "unfinished":
+        console.print("interrupted: the same command goes on with it")
+        return INTERRUPTED
+    measured = any(p["eval_loss"] is not None for arm in results["arms"] for p in arm["points"])
+    return 0 if measured or not results["arms"] else NO_RESULT

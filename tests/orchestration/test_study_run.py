@@ -1,0 +1,118 @@
+"""`tenfold study` as a user runs it: to its end, killed and gone on with, and refused."""
+
+import csv
+import json
+import signal
+
+import pytest
+import yaml
+
+from orchestration.studies.config import load_study
+from tests.orchestration.sweeps import (
+    BASE,
+    FUNCTIONS,
+    ended,
+    losses,
+    start,
+    statuses,
+    told,
+    wait_until,
+)
+from trainers.paths import read_json
+
+
+def study(folder, *arguments: str):
+    folder.mkdir(parents=True, exist_ok=True)
+    return start(folder, "study", "lr-ratio", *arguments)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_study_killed_and_gone_on_with_ends_as_the_whole_one(tmp_path):
+    done = ended(study(tmp_path, "--preset", "smoke", "--name", "whole"))
+    assert done.returncode == 0, told(done)
+    whole, killed = tmp_path / "runs" / "whole", tmp_path / "runs" / "killed"
+    _check_outputs(whole)
+
+    process = study(tmp_path, "--preset", "smoke", "--name", "killed")
+    wait_until(lambda: len(statuses(killed)) >= 2, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = {name: path.stat().st_mtime_ns for name, path in _status_files(killed).items()}
+    assert len(before) < len(statuses(whole))
+    done = ended(study(tmp_path, "--preset", "smoke", "--name", "killed"))
+    assert done.returncode == 0, told(done)
+    assert losses(killed) == losses(whole)
+    after = _status_files(killed)
+    assert {name: after[name].stat().st_mtime_ns for name in before} == before  # nothing ran twice
+
+    # More seeds: what is there is kept, and taken over into another folder.
+    (tmp_path / "more.yaml").write_text("seeds: 3\n")
+    done = ended(
+        study(tmp_path, "more.yaml", "--preset", "smoke", "--name", "more", "--reuse", str(whole))
+    )
+    assert done.returncode == 0, told(done)
+    more = losses(tmp_path / "runs" / "more")
+    assert more.items() >= losses(whole).items()
+    new = [name for name in more if name not in losses(whole)]
+    seeds = {_candidate(tmp_path / "runs" / "more", name)["seed"] for name in new}
+    assert seeds == {2}
+
+
+def _check_outputs(run) -> None:
+    results = read_json(run / "results.json")
+    assert results["status"] == "complete"
+    assert results["command"] == "tenfold study lr-ratio --preset smoke --name whole"
+    points = [point for arm in results["arms"] for point in arm["points"]]
+    assert {point["trial"] for point in points} == set(statuses(run))
+    for point in points:
+        assert point["steps"] == 4
+        assert point["eval_loss"] == losses(run)[point["trial"]][-1][1]
+    with (run / "results.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(points)
+    assert results["question"] in (run / "report.html").read_text()
+    assert not list(run.glob("trials/*/checkpoint"))  # a study keeps numbers, not weights
+    assert not list(run.glob("trials/*/best"))
+    again = load_study("lr-ratio", None, run / "study.yaml")
+    assert again.lora_rank == load_study("lr-ratio", "smoke", None).lora_rank
+
+
+def _status_files(run) -> dict:
+    return {path.parent.name: path for path in run.glob("trials/*/status.json")}
+
+
+def _candidate(run, name: str) -> dict:
+    return json.loads((run / "trials" / name / "config.json").read_text())["candidate"]
+
+
+def write_study(folder, **keys) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"model": str(BASE), "data": str(FUNCTIONS), "examples": 32, "lora_rank": 4}
+    values |= {"global_batch_size": 8, "seq_len": 96}
+    (folder / "study.yaml").write_text(yaml.safe_dump(values | keys))
+
+
+@pytest.mark.parametrize(
+    ("keys", "arguments", "said"),
+    [
+        ({"quantization": "nf4"}, [], "needs quantization: none and dtype: fp32"),
+        ({"dtype": "bf16"}, [], "needs quantization: none and dtype: fp32"),
+        ({"global_batch_size": [8, 16]}, [], "global_batch_size must be one value"),
+        ({"scheduler": "asha"}, [], "a study decides scheduler itself"),
+        ({}, ["--preset", "lap"], "--preset must be one of smoke, laptop, gpu, cluster, got 'lap'"),
+        ({}, ["--reuse", "runs/none"], "--reuse runs/none: must be the folder of a study"),
+    ],
+)
+def test_study_that_cannot_be_run_is_refused_in_one_line(tmp_path, keys, arguments, said):
+    write_study(tmp_path, **keys)
+    done = ended(study(tmp_path, "study.yaml", *arguments))
+    assert done.returncode == 2, told(done)
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_study_of_an_unknown_kind_is_refused(tmp_path):
+    done = ended(start(tmp_path, "study", "lr", "--preset", "smoke"))
+    assert done.returncode == 2
+    assert "KIND must be one of lr-ratio, rank, layers, batch, capacity, compute" in done.stderr
