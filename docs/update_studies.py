@@ -68,11 +68,32 @@ def section() -> str:
     for results in sorted(found, key=lambda each: (KINDS.index(each["kind"]), each["folder"])):
         folder, verdict = f"docs/studies/{results['folder']}", results["verdict"]
         lines += [
-            f"**{results['question']}** {verdict['status'].capitalize()}. {verdict['sentence']} "
-            f"({results['machine']}; [report]({folder}/report.html), `{results['command']}`)",
+            f"**{results['folder']}**: {verdict['status']}. {verdict['sentence']} "
+            f"([report]({folder}/report.html), with the command; {results['machine']})",
             f"![{results['folder']}]({folder}/picture.png)",
         ]
-    return "\n\n".join(lines)
+    return "\n\n".join([ratio_table(found), *lines])
+
+
+def ratio_table(found: list[dict[str, Any]]) -> str:
+    """The measured ratios of all lr-ratio studies beside each other."""
+    rows = [
+        "| hidden | parameters | LoRA arm | best LR over FullFT's (95%) | 10 | hidden / (2 alpha) | machine |",
+        "| --: | --: | --- | --: | --- | --: | --- |",
+    ]
+    studies = [each for each in found if each["kind"] == "lr-ratio"]
+    for results in sorted(studies, key=lambda each: each["model"]["hidden_size"]):
+        model, claims = results["model"], results["claims"]
+        for arm in dict.fromkeys(claim["arm"] for claim in claims):
+            ten, rival = (c for c in claims if c["arm"] == arm and "short" not in c["name"])
+            ratio = "none"
+            if ten["measured"] is not None:
+                ratio = f"{ten['measured']:.3g} ({ten['low']:.3g} to {ten['high']:.3g})"
+            rows.append(
+                f"| {model['hidden_size']} | {model['num_params'] / 1e6:.1f}M | {arm} | {ratio} | "
+                f"{ten['status']} | {rival['predicted']:g}: {rival['status']} | {results['machine']} |"
+            )
+    return "\n".join(rows)
 
 
 def main() -> None:

@@ -12,8 +12,9 @@ import torch.multiprocessing as mp
 
 from tests.trainers.trials import BASE, CANDIDATE, ROOT, numbers, trial
 from trainers.base_model import BaseSpec, load_base, nf4_layer_names, true_num_params
+from trainers.comm import Comm
 from trainers.paths import TrialPaths, read_json
-from trainers.sft_trainer import TrialSpec, train_trial
+from trainers.sft_trainer import Station, TrialSpec, train_trial
 
 
 def test_trial_nf4_trains_on_4bit_layers_and_records_every_evaluation(data_file, tmp_path):
@@ -63,6 +64,45 @@ def test_trial_resumed_from_its_checkpoint_ends_in_identical_numbers(
         for name in ("whole", "cut")
     )
     assert first == second
+
+
+@pytest.mark.parametrize("full_finetune", [False, True])
+def test_trial_that_keeps_no_weights_leaves_numbers_alone_also_after_a_kill(
+    data_file, tmp_path, full_finetune
+):
+    candidate = replace(CANDIDATE, learning_rate=1e-3, dropout=0.0)
+    if full_finetune:
+        candidate = replace(candidate, full_finetune=True, lora_rank=0)
+    whole = train_trial(trial(data_file, tmp_path / "whole", candidate=candidate), lambda row: True)
+    spec = trial(data_file, tmp_path / "bare", candidate=candidate, keep_weights=False)
+
+    class Killed(Exception):
+        pass
+
+    def die(row):
+        if row["examples"] == 32:
+            raise Killed
+        return True
+
+    with pytest.raises(Killed):
+        train_trial(spec, die)
+    assert TrialPaths(spec.folder).checkpoint.is_dir()  # it goes on from there
+    assert numbers(train_trial(spec, lambda row: True).rows) == numbers(whole.rows)
+    left = sorted(path.name for path in spec.folder.iterdir())
+    assert left == ["metrics.jsonl", "status.json"]
+
+
+def test_station_for_another_kind_of_trial_keeps_the_measured_forward(data_file, tmp_path):
+    lora = trial(data_file, tmp_path / "lora")
+    full = replace(CANDIDATE, full_finetune=True, lora_rank=0, dropout=0.0)
+    station = Station(lora, Comm())
+    station.trainer.limits = replace(station.trainer.limits, max_tokens=777)
+    station.close()
+    changed = station.changed_to(trial(data_file, tmp_path / "full", candidate=full))
+    assert changed.full_finetune
+    assert changed.trainer.limits.max_tokens == 777
+    changed.close()
+    assert changed.changed_to(lora).trainer.limits.max_tokens == 777
 
 
 def test_trial_diverging_ends_with_a_reason_and_keeps_its_rows(data_file, tmp_path):
