@@ -54,7 +54,7 @@ def take_picture(results: dict[str, Any], target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "page.html"
         page.write_text(frame(results["name"], charts([Card(figure=figure, is_wide=True)])))
-        flags = [f"--user-data-dir={folder}/profile", "--window-size=1000,620"]
+        flags = [f"--user-data-dir={folder}/profile", "--window-size=1000,680"]
         command = [CHROMIUM, *CHROMIUM_FLAGS, *flags, f"--screenshot={target}", page.as_uri()]
         subprocess.run(command, check=True, capture_output=True)
 
