@@ -31,6 +31,7 @@ from orchestration.studies.results import model_facts, write_results
 from orchestration.studies.run import begin, checked_plan, conclude, with_candidates
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import trial_name
+from search_spaces.values import parse_domain
 from trainers.data.facts import make_facts
 from trainers.data.tokenizer import load_tokenizer
 from trainers.paths import RunPaths
@@ -79,13 +80,14 @@ def recipe_of(config: StudyConfig, preset: str | None) -> Recipe:
     """
     recipe = SMOKE if preset == "smoke" else LAPTOP
     given: dict[str, Any] = {}
-    for key, name in (
-        ("lora_rank", "lora_ranks"),
-        ("learning_rate", "learning_rates"),
-        ("loads", "loads"),
-    ):
+    for key in ("lora_rank", "learning_rate"):
         if (value := getattr(config, key)) is not None:
-            given[name] = tuple(value) if isinstance(value, list) else (value,)
+            domain = parse_domain(
+                key, value if isinstance(value, (int, float, list)) else vars(value)
+            )
+            given[f"{key}s"] = tuple(domain.values())
+    if config.loads is not None:
+        given["loads"] = tuple(config.loads)
     for key in ("exposures", "global_batch_size"):
         if (value := getattr(config, key)) is not None:
             given[key] = value

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.inventory import local_inventory, max_concurrent_trials
+from cluster.inventory import Inventory, local_inventory, max_concurrent_trials, room_per_worker
 from orchestration.config import SweepConfig
 from orchestration.exit_codes import INTERRUPTED, NO_RESULT
 from orchestration.models import require_weights
@@ -119,16 +119,27 @@ def _require_full_ft(config: StudyConfig, plan: Plan, arms: Sequence[Arm]) -> No
             "a study with a full-fine-tuning arm needs quantization: none and dtype: fp32 (in bf16 small "
             f"updates are lost and the ratio comes out too high), got {config.quantization} and {config.dtype}"
         )
-    if config.address is not None:
-        return  # its workers' memory is not known here
-    inventory = local_inventory()
-    room = inventory.gpu_bytes or inventory.memory_bytes
+    if config.address is None:
+        _require_room(config, plan, arms, local_inventory())
+
+
+def _require_room(
+    config: StudyConfig, plan: Plan, arms: Sequence[Arm], inventory: Inventory
+) -> None:
+    """Full fine-tuning must fit one worker of a cluster.
+
+    Raises:
+        ValueError: it does not.
+    """
+    demand = trial_demand(config, inventory)
+    room = room_per_worker(demand, max_concurrent_trials(demand, inventory), inventory)
     need = FULL_FT_BYTES * plan.shape.num_params
-    if room is not None and need > USABLE_SHARE * room:
+    if room is not None and any(a.full_finetune for a in arms) and need > USABLE_SHARE * room:
         raise ValueError(
             f"full fine-tuning of {plan.shape.num_params:,} parameters needs {need:,} bytes "
-            f"({FULL_FT_BYTES} a parameter) on one worker, {USABLE_SHARE:.0%} of {inventory.where}'s "
-            f"{room:,} bytes do not hold them; study a smaller model (sharded full fine-tuning is not there yet)"
+            f"({FULL_FT_BYTES} a parameter), {USABLE_SHARE:.0%} of the {room:,} bytes that one worker of "
+            f"{inventory.where} has do not hold them; study a smaller model, or give a worker more (full "
+            "fine-tuning is not sharded yet)"
         )
 
 
@@ -218,6 +229,7 @@ def train_arms(
     try:
         sweep.start_ray(config.address)
         inventory = sweep.cluster_inventory(local=config.address is None)
+        _require_room(config, plan, arms, inventory)
         demand = trial_demand(config, inventory)
         # A GPU's group holds many adapters: it must not be emptied for every full fine-tuning.
         in_turn = bool(demand.gpus_per_worker) or max_concurrent_trials(demand, inventory) == 1

@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from search_spaces import doctrine
+from search_spaces.studies.curve import WINDOW_DECADES
 from search_spaces.studies.points import Point, check_learning_rate
 
 STEP = 8
@@ -25,8 +27,8 @@ def next_points(
     *,
     grid: Sequence[float],
     seeds: Sequence[int],
-    step_decades: float = 0.25,
-    window_decades: float = 0.5,
+    step_decades: float = doctrine.LR_GRID_STEP_DECADES.value,
+    window_decades: float = WINDOW_DECADES,
     max_extensions: int = 8,
 ) -> list[tuple[float, int]]:
     """The (learning rate, seed) runs that an arm still needs; none: it is settled, or given up.

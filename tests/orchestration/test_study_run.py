@@ -1,12 +1,14 @@
 """`tenfold study` as a user runs it: to its end, killed and gone on with, and refused."""
 
 import csv
-import json
 import signal
 
 import pytest
 import yaml
 
+from cluster.inventory import Inventory
+from orchestration.cli import main
+from orchestration.exit_codes import BAD_INPUT
 from orchestration.studies.config import load_study
 from tests.orchestration.sweeps import (
     BASE,
@@ -46,18 +48,6 @@ def test_study_killed_and_gone_on_with_ends_as_the_whole_one(tmp_path):
     after = _status_files(killed)
     assert {name: after[name].stat().st_mtime_ns for name in before} == before  # nothing ran twice
 
-    # More seeds: what is there is kept, and taken over into another folder.
-    (tmp_path / "more.yaml").write_text("seeds: 3\n")
-    done = ended(
-        study(tmp_path, "more.yaml", "--preset", "smoke", "--name", "more", "--reuse", str(whole))
-    )
-    assert done.returncode == 0, told(done)
-    more = losses(tmp_path / "runs" / "more")
-    assert more.items() >= losses(whole).items()
-    new = [name for name in more if name not in losses(whole)]
-    seeds = {_candidate(tmp_path / "runs" / "more", name)["seed"] for name in new}
-    assert seeds == {2}
-
 
 def _check_outputs(run) -> None:
     results = read_json(run / "results.json")
@@ -79,10 +69,6 @@ def _check_outputs(run) -> None:
 
 def _status_files(run) -> dict:
     return {path.parent.name: path for path in run.glob("trials/*/status.json")}
-
-
-def _candidate(run, name: str) -> dict:
-    return json.loads((run / "trials" / name / "config.json").read_text())["candidate"]
 
 
 def write_study(folder, **keys) -> None:
@@ -116,3 +102,17 @@ def test_study_of_an_unknown_kind_is_refused(tmp_path):
     done = ended(start(tmp_path, "study", "lr", "--preset", "smoke"))
     assert done.returncode == 2
     assert "KIND must be one of lr-ratio, rank, layers, batch, capacity, compute" in done.stderr
+
+
+def test_study_whose_full_fine_tuning_fits_no_worker_is_refused_with_its_bytes(
+    tmp_path, monkeypatch, capsys
+):
+    small = Inventory(num_cpus=2, num_gpus=0, where="this machine", memory_bytes=50_000_000)
+    monkeypatch.setattr("orchestration.studies.run.local_inventory", lambda: small)
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", "lr-ratio", "--preset", "smoke"]) == BAD_INPUT
+    # 20 bytes x 2,164,416; each of two workers has half of the memory
+    said = capsys.readouterr().err
+    assert "full fine-tuning of 2,164,416 parameters needs 43,288,320 bytes" in said
+    assert "80% of the 25,000,000 bytes that one worker of this machine has" in said
+    assert not (tmp_path / "runs").exists()

@@ -16,7 +16,7 @@ def ratio(estimate, low, high, *, seeds=3, misfit=0.02):
         estimate=estimate,
         low=low,
         high=high,
-        by_seed=dict.fromkeys(range(seeds), estimate),
+        by_seed=dict(enumerate([estimate] * seeds)),
         method="by hand",
         misfit_decades=misfit,
     )
