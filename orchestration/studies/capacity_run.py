@@ -25,10 +25,10 @@ from orchestration.studies.capacity import (
     fact_trial,
 )
 from orchestration.studies.capacity_findings import findings
+from orchestration.studies.common import begin, checked_plan, conclude, with_candidates
 from orchestration.studies.config import StudyConfig
 from orchestration.studies.frame import StudyFacts, frame
 from orchestration.studies.results import model_facts, write_results
-from orchestration.studies.run import begin, checked_plan, conclude, with_candidates
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import trial_name
 from search_spaces.values import parse_domain

@@ -7,11 +7,11 @@ from rich.console import Console
 
 from orchestration.models import model_shape
 from orchestration.run import driving
+from orchestration.studies.common import begin, conclude
 from orchestration.studies.compute import GPU, LAPTOP, SMOKE, ComputeRecipe, CostModel, run_compute
 from orchestration.studies.config import ASSETS, StudyConfig
 from orchestration.studies.frame import StudyFacts, frame
 from orchestration.studies.results import model_facts, write_results
-from orchestration.studies.run import begin, conclude
 from trainers.paths import RunPaths
 
 RECIPES = {"smoke": SMOKE, "laptop": LAPTOP, "gpu": GPU, "cluster": GPU}

@@ -1,7 +1,6 @@
 """`tenfold study` from config to report: arms on the warm pool until each has its optimum."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,22 +8,18 @@ from typing import Any
 from rich.console import Console
 
 from cluster.inventory import Inventory, local_inventory, max_concurrent_trials, room_per_worker
-from orchestration.config import SweepConfig
-from orchestration.exit_codes import INTERRUPTED, NO_RESULT
-from orchestration.models import require_weights
 from orchestration.packs import trial_demand
-from orchestration.planning import Plan, make_plan
+from orchestration.planning import Plan
 from orchestration.progress import Progress
-from orchestration.run import difference, driving, require_supported, require_trainable, versions
+from orchestration.run import driving, versions
 from orchestration.studies.agenda import Agenda, retry_failed
 from orchestration.studies.arms import CURVE_KINDS, Arm, make_arms
-from orchestration.studies.config import StudyConfig, write_study_yaml
+from orchestration.studies.common import begin, checked_plan, conclude, with_candidates
+from orchestration.studies.config import StudyConfig
 from orchestration.studies.findings import findings
 from orchestration.studies.frame import StudyFacts
 from orchestration.studies.results import write_results
-from search_spaces.candidate import Candidate
-from search_spaces.pruner import DiscardedList, PruneResult
-from trainers.paths import RunPaths, read_json, write_json
+from trainers.paths import RunPaths
 
 FULL_FT_BYTES = 20
 """Of a parameter in full fine-tuning: weight, gradient and two AdamW moments in fp32, and the copy of the
@@ -50,7 +45,7 @@ def run_study(
         ValueError: anything that can be known before a trial starts.
     """
     run = RunPaths(Path(config.storage) / (config.name or f"{kind}-{preset or 'study'}"))
-    _require_studies(reuse)
+    _require_studies(kind, reuse)
     facts = StudyFacts(kind=kind, preset=preset, command=command, versions=versions())
     if kind == "capacity":
         from orchestration.studies.capacity_run import run_capacity
@@ -85,20 +80,9 @@ def _run_curves(
     return conclude(console, run, results)
 
 
-def checked_plan(config: SweepConfig) -> Plan:
-    """The plan of everything but arms: model, data, budget.
-
-    Raises:
-        ValueError: what cannot be trained.
-    """
-    require_weights(config.model)
-    require_supported(config)
-    plan = make_plan(config)
-    require_trainable(plan)
-    return plan
-
-
-def _require_studies(folders: Sequence[Path]) -> None:
+def _require_studies(kind: str, folders: Sequence[Path]) -> None:
+    if folders and kind not in CURVE_KINDS:
+        raise ValueError(f"--reuse is for {', '.join(CURVE_KINDS)}; leave it out of {kind}")
     for folder in folders:
         if not RunPaths(folder).trials.is_dir():
             raise ValueError(
@@ -153,31 +137,6 @@ def _say_arms(console: Console, arms: Sequence[Arm], config: StudyConfig) -> Non
         )
 
 
-def begin(run: RunPaths, config: StudyConfig, facts: StudyFacts, fixed: dict[str, Any]) -> None:
-    """Writes what the study is, or finds it as it was.
-
-    Args:
-        fixed: what may not change when it goes on; seeds, arms and grids may grow.
-
-    Raises:
-        ValueError: the folder is another study's, or no study's.
-    """
-    now = {"kind": facts.kind, **fixed}
-    if run.resolved.is_file():
-        was = read_json(run.resolved)["fixed"]
-        for key in now:
-            if was.get(key) != now[key]:
-                raise ValueError(
-                    f"{run.root}: a study that goes on must keep its {key} "
-                    f"({difference(was.get(key), now[key])}); give another name (--name)"
-                )
-    elif run.root.exists() and any(path.name != run.lock.name for path in run.root.iterdir()):
-        raise ValueError(f"{run.root}: must be a study's folder or a new one; give another --name")
-    write_study_yaml(run.root / "study.yaml", config)
-    resolved = {"config": config.model_dump(mode="json"), "versions": facts.versions, "fixed": now}
-    write_json(run.resolved, resolved)
-
-
 def fixed_facts(config: StudyConfig, plan: Plan) -> dict[str, Any]:
     """What every point of a study shares."""
     assert plan.audit is not None
@@ -202,13 +161,6 @@ def fixed_facts(config: StudyConfig, plan: Plan) -> dict[str, Any]:
         },
         "training": {key: getattr(config, key) for key in keys},
     }
-
-
-def with_candidates(plan: Plan, candidates: tuple[Candidate, ...]) -> Plan:
-    """The plan with these candidates in the place of its search's."""
-    nothing = DiscardedList()
-    admitted = PruneResult(admitted=candidates, discarded=nothing, advised=nothing)
-    return replace(plan, pruned=admitted)
 
 
 def train_arms(
@@ -244,23 +196,3 @@ def _expected(arms: Sequence[Arm], config: StudyConfig) -> int:
     window = 1 + 2 * round(config.seed_window_decades / 0.25)
     others = len(config.seed_list) - 1
     return sum(len(arm.grid) + others * min(window, len(arm.grid)) for arm in arms)
-
-
-def conclude(console: Console, run: RunPaths, results: dict[str, Any]) -> int:
-    """Says what was found, and gives the exit code."""
-    for table in results["tables"][:1]:
-        console.print(f"{table['title']}:", markup=False)
-        for row in table["rows"]:
-            console.print("  " + "  ".join(row), markup=False, soft_wrap=True)
-    verdict = results["verdict"]
-    console.print(f"{verdict['status']}: {verdict['sentence']}", markup=False, soft_wrap=True)
-    if verdict["would_decide"]:
-        console.print(
-            f"what would decide it: {verdict['would_decide']}", markup=False, soft_wrap=True
-        )
-    console.print(f"report: {run.report}", markup=False, soft_wrap=True)
-    if results["status"] == "unfinished":
-        console.print("interrupted: the same command goes on with it")
-        return INTERRUPTED
-    measured = any(p["eval_loss"] is not None for arm in results["arms"] for p in arm["points"])
-    return 0 if measured or not results["arms"] else NO_RESULT

@@ -77,6 +77,10 @@ def arm_optimum(
     fit = bent_fit(curve)
     if isinstance(fit, Unsettled):
         return fit
+    return _described(curve, fit, tolerance_frac)
+
+
+def _described(curve: MeanCurve, fit: BentFit, tolerance_frac: float) -> ArmOptimum:
     limit = fit.loss + tolerance_frac * abs(fit.loss)
     low, open_low = _tolerance_end(curve, fit, limit, -1)
     high, open_high = _tolerance_end(curve, fit, limit, 1)

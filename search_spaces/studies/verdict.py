@@ -61,8 +61,8 @@ def _claim(ratio: Ratio | Unsettled, name: str, predictions: Mapping[str, float]
     predicted = predictions[name]
     status: Status = "undecided"
     if isinstance(ratio, Unsettled):
-        why = f"nothing was measured ({ratio.reason})"
-    elif not ratio.low <= predicted <= ratio.high:
+        why = f"there is {_measured(ratio)}"
+    elif not _holds(ratio, predicted):
         status = "contradicted"
         why = f"{_measured(ratio)} leaves it out"
     elif rivals := [f"{r} ({predictions[r]:.3g})" for r in _rivals(ratio, name, predictions)]:
@@ -81,7 +81,7 @@ def _rivals(ratio: Ratio, name: str, predictions: Mapping[str, float]) -> list[s
     return [
         other
         for other, predicted in predictions.items()
-        if _differ(predicted, predictions[name]) and ratio.low <= predicted <= ratio.high
+        if _differ(predicted, predictions[name]) and _holds(ratio, predicted)
     ]
 
 
@@ -89,7 +89,9 @@ def _differ(one: float, other: float) -> bool:
     return max(one / other, other / one) > DIFFERENT_FACTOR
 
 
-def _measured(ratio: Ratio) -> str:
+def _measured(ratio: Ratio | Unsettled) -> str:
+    if isinstance(ratio, Unsettled):
+        return f"no ratio ({ratio.reason})"
     return f"the measured {ratio.estimate:.3g} (95%: {ratio.low:.3g} to {ratio.high:.3g})"
 
 
@@ -117,32 +119,34 @@ def verdict(
     if name_of_main not in by_name:
         raise ValueError(f"name_of_main must be one of {sorted(by_name)}, got {name_of_main!r}")
     main = by_name[name_of_main]
-    short = _too_small(ratio, steps)
-    if short:
-        return Verdict(
-            status="undecided",
-            sentence=f"{main.sentence} Too small to decide it: {' and '.join(short)}.",
-            would_decide="; ".join([*short.values(), *_open(main, by_name, ratio)]),
+    missing = _too_small(ratio, steps)
+    would_decide = [*missing.values(), *_open(main, by_name, ratio)]
+    status, sentence = main.status, main.sentence
+    if missing:
+        status = "undecided"
+        sentence = (
+            f"{main.name} predicts {main.predicted:.3g}: undecided, {_measured(ratio)} comes from "
+            f"too small a study ({' and '.join(missing)})."
         )
-    holding = [
-        f"{claim.name} ({claim.predicted:.3g})"
-        for claim in by_name.values()
-        if isinstance(ratio, Ratio)
-        and claim is not main
-        and ratio.low <= claim.predicted <= ratio.high
-    ]
-    more = ""
-    if main.status == "contradicted":
-        more = (
-            f" It holds {' and '.join(holding)}." if holding else " It holds no other law either."
-        )
+    elif status == "contradicted":
+        sentence += _held(by_name, ratio)
     return Verdict(
-        status=main.status,
-        sentence=main.sentence + more,
-        would_decide=(
-            "; ".join(_open(main, by_name, ratio)) if main.status == "undecided" else None
-        ),
+        status=status,
+        sentence=sentence,
+        would_decide="; ".join(would_decide) if status == "undecided" else None,
     )
+
+
+def _held(claims: Mapping[str, Claim], ratio: Ratio | Unsettled) -> str:
+    """Which laws the interval holds, once it leaves the main one out."""
+    if isinstance(ratio, Unsettled):
+        return ""
+    held = [f"{c.name} ({c.predicted:.3g})" for c in claims.values() if _holds(ratio, c.predicted)]
+    return f" It holds {' and '.join(held)}." if held else " It holds no other law either."
+
+
+def _holds(ratio: Ratio, predicted: float) -> bool:
+    return ratio.low <= predicted <= ratio.high
 
 
 def _too_small(ratio: Ratio | Unsettled, steps: int | None) -> dict[str, str]:
@@ -171,11 +175,11 @@ def _open(main: Claim, claims: Mapping[str, Claim], ratio: Ratio | Unsettled) ->
     if main.status == "undecided" and needed is not None:
         found.append(_more_seeds(ratio, needed))
     same = [c.name for c in claims.values() if c is not main and c not in differing]
-    confused = [c.name for c in differing if ratio.low <= c.predicted <= ratio.high]
+    confused = [c.name for c in differing if _holds(ratio, c.predicted)]
     if main.status == "undecided" and (same or confused):
         found.append(
             f"a width or alpha at which {main.name} and {' and '.join([*confused, *same])} lie "
-            "further apart"
+            "further apart, where they depend on it"
         )
     return found
 
@@ -189,7 +193,7 @@ def _needed_half_width(main: Claim, differing: Iterable[Claim], ratio: Ratio) ->
     def distance(claim: Claim) -> float:
         return abs(math.log10(claim.predicted / ratio.estimate))
 
-    inside = [distance(c) for c in differing if ratio.low <= c.predicted <= ratio.high]
+    inside = [distance(c) for c in differing if _holds(ratio, c.predicted)]
     wide = [math.log10(NARROW_FACTOR) / 2] if ratio.high / ratio.low > NARROW_FACTOR else []
     if inside and min(inside) < distance(main):
         return distance(main)  # a rival is nearer: leaving the main law out decides

@@ -98,6 +98,12 @@ def test_study_that_cannot_be_run_is_refused_in_one_line(tmp_path, keys, argumen
     assert not (tmp_path / "runs").exists()
 
 
+def test_study_with_a_recipe_of_its_own_takes_no_points_of_others(tmp_path):
+    done = ended(start(tmp_path, "study", "compute", "--preset", "smoke", "--reuse", "runs/x"))
+    assert done.returncode == 2
+    assert "--reuse is for lr-ratio, rank, layers, batch; leave it out of compute" in done.stderr
+
+
 def test_study_of_an_unknown_kind_is_refused(tmp_path):
     done = ended(start(tmp_path, "study", "lr", "--preset", "smoke"))
     assert done.returncode == 2

@@ -104,7 +104,8 @@ def test_verdict_too_short_or_too_few_seeds_decides_nothing():
     good = ratio(9.8, 8.2, 11.7)
     short = decided(good, steps=299)
     assert short.status == "undecided"
-    assert "runs of 299 steps" in short.sentence
+    assert "too small a study (runs of 299 steps)" in short.sentence
+    assert "9.8 (95%: 8.2 to 11.7)" in short.sentence
     assert "runs of at least 300 steps" in (short.would_decide or "")
     few = decided(ratio(2.0, 1.8, 2.2, seeds=2))
     assert few.status == "undecided"

@@ -1,0 +1,82 @@
+"""What the drivers of all kinds of study share: plan, folder, and what is said at the end."""
+
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+
+from orchestration.config import SweepConfig
+from orchestration.exit_codes import INTERRUPTED, NO_RESULT
+from orchestration.models import require_weights
+from orchestration.planning import Plan, make_plan
+from orchestration.run import difference, require_supported, require_trainable
+from orchestration.studies.config import StudyConfig, write_study_yaml
+from orchestration.studies.frame import StudyFacts
+from search_spaces.candidate import Candidate
+from search_spaces.pruner import DiscardedList, PruneResult
+from trainers.paths import RunPaths, read_json, write_json
+
+
+def checked_plan(config: SweepConfig) -> Plan:
+    """The plan of everything but arms: model, data, budget.
+
+    Raises:
+        ValueError: what cannot be trained.
+    """
+    require_weights(config.model)
+    require_supported(config)
+    plan = make_plan(config)
+    require_trainable(plan)
+    return plan
+
+
+def with_candidates(plan: Plan, candidates: tuple[Candidate, ...]) -> Plan:
+    """The plan with these candidates in the place of its search's."""
+    nothing = DiscardedList()
+    admitted = PruneResult(admitted=candidates, discarded=nothing, advised=nothing)
+    return replace(plan, pruned=admitted)
+
+
+def begin(run: RunPaths, config: StudyConfig, facts: StudyFacts, fixed: dict[str, Any]) -> None:
+    """Writes what the study is, or finds it as it was.
+
+    Args:
+        fixed: what may not change when it goes on; seeds, arms and grids may grow.
+
+    Raises:
+        ValueError: the folder is another study's, or no study's.
+    """
+    now = {"kind": facts.kind, **fixed}
+    if run.resolved.is_file():
+        was = read_json(run.resolved)["fixed"]
+        for key in now:
+            if was.get(key) != now[key]:
+                raise ValueError(
+                    f"{run.root}: a study that goes on must keep its {key} "
+                    f"({difference(was.get(key), now[key])}); give another name (--name)"
+                )
+    elif run.root.exists() and any(path.name != run.lock.name for path in run.root.iterdir()):
+        raise ValueError(f"{run.root}: must be a study's folder or a new one; give another --name")
+    write_study_yaml(run.root / "study.yaml", config)
+    resolved = {"config": config.model_dump(mode="json"), "versions": facts.versions, "fixed": now}
+    write_json(run.resolved, resolved)
+
+
+def conclude(console: Console, run: RunPaths, results: dict[str, Any]) -> int:
+    """Says what was found, and gives the exit code."""
+    for table in results["tables"][:1]:
+        console.print(f"{table['title']}:", markup=False)
+        for row in table["rows"]:
+            console.print("  " + "  ".join(row), markup=False, soft_wrap=True)
+    verdict = results["verdict"]
+    console.print(f"{verdict['status']}: {verdict['sentence']}", markup=False, soft_wrap=True)
+    if verdict["would_decide"]:
+        console.print(
+            f"what would decide it: {verdict['would_decide']}", markup=False, soft_wrap=True
+        )
+    console.print(f"report: {run.report}", markup=False, soft_wrap=True)
+    if results["status"] == "unfinished":
+        console.print("interrupted: the same command goes on with it")
+        return INTERRUPTED
+    measured = any(p["eval_loss"] is not None for arm in results["arms"] for p in arm["points"])
+    return 0 if measured or not results["arms"] else NO_RESULT
