@@ -7,7 +7,7 @@ import pytest
 
 from orchestration import sweep
 from orchestration.config import make_config
-from orchestration.engines import _Work
+from orchestration.engines import Work
 from orchestration.ledger import Ledger
 from orchestration.packs import plan_packs, trial_demand
 from orchestration.planning import make_plan
@@ -26,10 +26,10 @@ def work(workplace, base, write_rows, qa_rows):
     plan = make_plan(make_config(values | {"learning_rate": [1e-3, 3e-3, 1e-2]}, "test"))
     inventory, run = local_inventory(), RunPaths(workplace / "runs" / "run")
     demand, packs = trial_demand(plan.config, inventory), plan_packs(plan, inventory)
-    return _Work(plan, TrialMaker(plan, demand, packs, run), run)
+    return Work(plan, TrialMaker(plan, demand, packs, run), run)
 
 
-def run_all(work: _Work, monkeypatch, give_up) -> list[list[str]]:
+def run_all(work: Work, monkeypatch, give_up) -> list[list[str]]:
     """Runs with a Tune that ends every trial but those of `give_up(attempt, names)`; returns the
     names that each attempt was given."""
     attempts: list[list[str]] = []
@@ -49,7 +49,7 @@ def run_all(work: _Work, monkeypatch, give_up) -> list[list[str]]:
     return attempts
 
 
-def statuses(work: _Work, names: list[str]) -> list[str]:
+def statuses(work: Work, names: list[str]) -> list[str]:
     return [read_trial(work.run.trial(name)).status for name in names]
 
 
