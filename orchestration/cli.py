@@ -189,18 +189,39 @@ def _report(args: argparse.Namespace) -> int:
     from trainers.paths import RunPaths
 
     run = RunPaths(args.run_folder)
-    if not run.plan.is_file() or not run.trials.is_dir():
+    if _study_command_of(args.run_folder) is not None:
+        from orchestration.studies.report import write_study_report
+
+        if not run.results.is_file():
+            raise ValueError(f"{run.root}: a study must have ended once for a report, it has not")
+        write_study_report(run.root)
+    elif not run.plan.is_file() or not run.trials.is_dir():
         raise ValueError(
-            f"{args.run_folder}: must be the folder of a sweep (plan.json and trials/), it is not"
+            f"{args.run_folder}: must be the folder of a sweep (plan.json and trials/) or of a study, "
+            "it is not"
         )
-    write_report(run)
+    else:
+        write_report(run)
     print(run.report)
     return 0
+
+
+def _study_command_of(folder: Path) -> str | None:
+    """What began the study in a folder; None where there is no study."""
+    from orchestration.studies.common import fixed_of
+    from trainers.paths import RunPaths, read_json
+
+    run = RunPaths(folder)
+    return read_json(run.resolved)["command"] if fixed_of(run) is not None else None
 
 
 def _resume(args: argparse.Namespace) -> int:
     from orchestration.run import resume_sweep
 
+    if (command := _study_command_of(args.run_folder)) is not None:
+        raise ValueError(
+            f"{args.run_folder}: is a study, which goes on with its command: {command}"
+        )
     return resume_sweep(args.run_folder, args.address)
 
 

@@ -47,8 +47,7 @@ def begin(run: RunPaths, config: StudyConfig, facts: StudyFacts, fixed: dict[str
         ValueError: the folder is another study's, or no study's.
     """
     now = {"kind": facts.kind, **fixed}
-    if run.resolved.is_file():
-        was = read_json(run.resolved)["fixed"]
+    if (was := fixed_of(run)) is not None:
         for key in now:
             if was.get(key) != now[key]:
                 raise ValueError(
@@ -58,8 +57,13 @@ def begin(run: RunPaths, config: StudyConfig, facts: StudyFacts, fixed: dict[str
     elif run.root.exists() and any(path.name != run.lock.name for path in run.root.iterdir()):
         raise ValueError(f"{run.root}: must be a study's folder or a new one; give another --name")
     write_study_yaml(run.root / "study.yaml", config)
-    resolved = {"config": config.model_dump(mode="json"), "versions": facts.versions, "fixed": now}
-    write_json(run.resolved, resolved)
+    resolved = {"config": config.model_dump(mode="json"), "versions": facts.versions}
+    write_json(run.resolved, resolved | {"command": facts.command, "fixed": now})
+
+
+def fixed_of(run: RunPaths) -> dict[str, Any] | None:
+    """What may not change of the study in a folder; None where there is no study."""
+    return read_json(run.resolved).get("fixed") if run.resolved.is_file() else None
 
 
 def conclude(console: Console, run: RunPaths, results: dict[str, Any]) -> int:

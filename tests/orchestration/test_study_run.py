@@ -1,6 +1,7 @@
 """`tenfold study` as a user runs it: to its end, killed and gone on with, and refused."""
 
 import csv
+import json
 import signal
 
 import pytest
@@ -10,6 +11,7 @@ from cluster.inventory import Inventory
 from orchestration.cli import main
 from orchestration.exit_codes import BAD_INPUT
 from orchestration.studies.config import load_study
+from tests.orchestration.study_results import lr_ratio
 from tests.orchestration.sweeps import (
     BASE,
     FUNCTIONS,
@@ -102,6 +104,34 @@ def test_study_with_a_recipe_of_its_own_takes_no_points_of_others(tmp_path):
     done = ended(start(tmp_path, "study", "compute", "--preset", "smoke", "--reuse", "runs/x"))
     assert done.returncode == 2
     assert "--reuse is for lr-ratio, rank, layers, batch; leave it out of compute" in done.stderr
+
+
+def test_study_in_a_sweeps_folder_or_another_studys_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sweeps = tmp_path / "runs" / "sweep"
+    sweeps.mkdir(parents=True)
+    (sweeps / "resolved.json").write_text('{"config": {}, "versions": {}}')
+    assert main(["study", "lr-ratio", "--preset", "smoke", "--name", "sweep"]) == BAD_INPUT
+    assert "must be a study's folder or a new one" in capsys.readouterr().err
+    fixed = (
+        '{"config": {}, "versions": {}, "command": "tenfold study rank", "fixed": {"kind": "rank"}}'
+    )
+    (sweeps / "resolved.json").write_text(fixed)
+    assert main(["study", "lr-ratio", "--preset", "smoke", "--name", "sweep"]) == BAD_INPUT
+    assert "must keep its kind (rank -> lr-ratio)" in capsys.readouterr().err
+    assert main(["resume", "runs/sweep"]) == BAD_INPUT
+    assert "goes on with its command: tenfold study rank" in capsys.readouterr().err
+    assert main(["report", "runs/sweep"]) == BAD_INPUT
+    assert "a study must have ended once" in capsys.readouterr().err
+
+
+def test_report_of_a_study_is_written_again(tmp_path, capsys):
+    (tmp_path / "results.json").write_text(json.dumps(lr_ratio()))
+    resolved = {"command": "tenfold study lr-ratio", "fixed": {"kind": "lr-ratio"}}
+    (tmp_path / "resolved.json").write_text(json.dumps(resolved))
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    assert lr_ratio()["question"] in (tmp_path / "report.html").read_text()
 
 
 def test_study_of_an_unknown_kind_is_refused(tmp_path):
