@@ -11,6 +11,7 @@ from orchestration.studies.comparison import Comparison
 from orchestration.studies.config import StudyConfig
 from orchestration.studies.frame import StudyFacts, frame
 from orchestration.studies.results import arm_dict, plan_facts
+from search_spaces import doctrine
 
 Conclusion = Callable[[Comparison], dict[str, Any]]
 KINDS: dict[str, Conclusion] = {
@@ -89,16 +90,16 @@ def limits(config: StudyConfig, plan: Plan) -> list[str]:
         f"One base ({shape.num_params / 1e6:,.1f}M parameters, hidden {shape.hidden_size}) and one data set: "
         "other widths, data and budgets can differ."
     ]
-    batch_sizes = config.global_batch_size
-    smallest = min(batch_sizes) if isinstance(batch_sizes, list) else batch_sizes
-    steps = plan.budget.num_examples / (smallest if isinstance(smallest, int) else 16)
-    if steps < 300:
+    least_steps, least_seeds = doctrine.STUDY_LEAST.value
+    steps = -(-plan.budget.num_examples // max(plan.space.global_batch_size.options))
+    if steps < least_steps:
         found.append(
-            f"Runs of {steps:.0f} steps: below 300 the ratio is biased upwards (about 15 under 100 steps)."
+            f"Runs of {steps} steps: below {least_steps} the ratio is biased upwards (about "
+            f"{doctrine.LR_RATIO_SHORT.value:g} under {doctrine.SHORT_RUN_STEPS.value} steps)."
         )
-    if len(config.seed_list) < 3:
+    if len(config.seed_list) < least_seeds:
         found.append(
-            f"{len(config.seed_list)} seed(s): three are the least for an interval one can use."
+            f"{len(config.seed_list)} seed(s): {least_seeds} are the least for an interval one can use."
         )
     if plan.audit and plan.budget.num_examples > plan.audit.num_train_rows:
         found.append("The budget is more than one epoch: part of the loss is overfitting.")

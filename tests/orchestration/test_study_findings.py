@@ -235,3 +235,16 @@ def test_findings_of_an_unfinished_study_say_so(tmp_path):
     (trial / "status.json").unlink()
     study.agenda = Agenda(study.arms, study.config, study.run, study._trial)
     assert study.results()["status"] == "unfinished"
+
+
+def test_limits_say_what_the_protocol_lacks(tmp_path):
+    short = {"examples": 160, "eval_every": 80, "seeds": 2}
+    study = Planted("lr-ratio", tmp_path / "run", with_ratio(lambda a: 10.0), **short)
+    limits = " ".join(study.results()["limits"])
+    assert "Runs of 10 steps: below 300" in limits
+    assert "2 seed(s): 3 are the least" in limits
+    assert "more than one epoch" not in limits
+    whole = Planted("lr-ratio", tmp_path / "whole", with_ratio(lambda a: 10.0))
+    said = " ".join(whole.results()["limits"])
+    assert "steps" not in said
+    assert "more than one epoch" in said  # 4,800 examples of 932 rows
