@@ -32,7 +32,7 @@ LR_RATIO = Rule(
     value=10.0,
     source=BLOG,
     evidence="fitted 9.8 over 14 Llama/Qwen models; B=0, alpha 32, alpha/r, Adam, constant LR; "
-    "other published pairs: 10, 20, 20, 40",
+    "other published pairs: 10, 20, 20, 40; docs/studies: 2.5 at hidden 192 to 8.2 at 1024",
 )
 LR_RATIO_SHORT = Rule(
     key="lr_ratio_short_run",
@@ -65,7 +65,7 @@ LR_LEVEL = Rule(
     key="lr_level",
     value=1e-4,
     source=USER_DOCTRINE,
-    evidence="within about 0.2-1% of the best loss on the public tulu3 sweep; "
+    evidence="within about 0.2-1.5% of the best loss on the public tulu3 sweep; "
     "at H=1024 a published sweep collapses near it (2e-3)",
 )
 LR_CHECKED_HIDDEN = Rule(
