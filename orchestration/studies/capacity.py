@@ -210,18 +210,23 @@ def _bits(facts: FactSpec, loss: float | None) -> float | None:
 
 
 LAPTOP = Recipe(
-    loads=(0.125, 0.25, 0.5, 1.0, 2.0),
+    loads=(0.25, 0.5, 1.0, 2.0),
     lora_ranks=(1, 2),
-    target=("mlp",),
-    learning_rates=(2e-3,),
+    target=("mlp", "unembed"),
+    learning_rates=(5.62e-4, 1e-3, 1.78e-3),
     exposures=100,
     global_batch_size=8,
 )
+"""13M tokens of training on the shipped base, 5,000 a second on a core of an EPYC. Found there: a larger
+batch stores less at equal exposures (rank 1, 64 facts: 0.17 bits/parameter at batch 32, 0.26 at 16, 0.30 at
+8), the best learning rate falls as the facts grow (3.2e-3 for 81 of them, 1e-3 for 651), and with MLP layers
+alone rank 1 fails to learn which 512 of 3,072 tokens are symbols (469 facts)."""
 SMOKE = Recipe(
-    loads=(0.125, 0.25),
+    loads=(0.0625, 0.125),
     lora_ranks=(1,),
-    target=("mlp",),
-    learning_rates=(3e-3,),
+    target=("mlp", "unembed"),
+    learning_rates=(3.2e-3,),
     exposures=20,
-    global_batch_size=16,
+    global_batch_size=8,
 )
+"""The shape of the output: 20 exposures store next to nothing."""

@@ -12,6 +12,8 @@ RULE = doctrine.BITS_PER_PARAM.value
 LAW_EXPOSURES = 1000
 """How often each fact was seen where 2 bits/parameter were found; at 100 it was about 1. Source: Physics
 of Language Models 3.3 (Allen-Zhu and Li, 2024)."""
+FALLEN_FRAC = 0.9
+"""Below this part of its peak a curve has fallen at its end."""
 NUM_BOUND_POINTS = 25
 
 
@@ -292,6 +294,12 @@ def _limits(curves: dict[int, list[_Load]], recipe: Recipe) -> list[str]:
     ]
     if edges:
         found.append(f"The best learning rate is at the edge of those tried: {'; '.join(edges)}.")
+    found += [
+        f"Rank {rank} stores less at its largest load than at a smaller one: there the training ends, not the "
+        "adapter's room."
+        for rank, curve in curves.items()
+        if curve[-1].point.mean < FALLEN_FRAC * max(load.point.mean for load in curve)
+    ]
     if len(recipe.seeds) < 2:
         found.append("One seed: differences between neighbouring points are not settled.")
     return found

@@ -14,10 +14,9 @@ from statistics import fmean
 
 LEAK_BITS = 64.0
 """So many bits of facts that were never shown have a chance of at most 2^-64."""
-MAX_RISE = 0.1
-"""A curve has levelled off where its largest load stores at most so much more than a smaller one."""
-MAX_FILLED = 0.5
-"""Above this part of the known bits it is the facts that end, not the adapter."""
+MAX_SLOPE = 0.1
+"""A curve has levelled off where at most this part of the bits that its last load adds is stored: 1 is an
+adapter with room, 0 a full one."""
 
 
 def stored_bits(known_bits: float, eval_loss: float, num_loss_tokens: int) -> float:
@@ -97,31 +96,33 @@ class Peak:
 def peak_of(points: Sequence[LoadPoint]) -> Peak:
     """The highest point of a curve over loads, and whether the curve levels off.
 
-    It does where the largest load adds at most MAX_RISE to the best of the smaller ones, and at most
-    MAX_FILLED of its facts are stored, so that it is not for want of facts.
+    It does where at most MAX_SLOPE of the bits that the largest load adds to the one below it are
+    stored, whatever the smaller loads did.
 
     Raises:
-        ValueError: no points.
+        ValueError: no points, or two of one load.
     """
-    if not points:
-        raise ValueError("points must hold at least one load, got none")
+    if not points or len({point.load for point in points}) < len(points):
+        loads = ", ".join(f"{point.load:g}" for point in points)
+        raise ValueError(f"points must hold one or more different loads, got {loads or 'none'}")
     curve = sorted(points, key=lambda point: point.load)
-    best, last = max(curve, key=lambda point: point.mean), curve[-1]
+    best = max(curve, key=lambda point: point.mean)
     return Peak(
         load=best.load,
         stored=best.mean,
         low=min(best.stored),
         high=max(best.stored),
-        rising=_rising(curve[:-1], last),
+        rising=_rising(curve),
     )
 
 
-def _rising(before: Sequence[LoadPoint], last: LoadPoint) -> str | None:
-    if not before:
+def _rising(curve: Sequence[LoadPoint]) -> str | None:
+    if len(curve) < 2:
         return "one load alone"
-    if last.mean > MAX_FILLED * last.load:
-        return f"{last.mean / last.load:.0%} of the largest load is stored"
-    most = max(point.mean for point in before)
-    if last.mean > (1 + MAX_RISE) * max(most, 0.0):
-        return f"the largest load stores {last.mean:.3f} bits/parameter, those below it at most {most:.3f}"
-    return None
+    if max(point.mean for point in curve) <= 0:
+        return "nothing is stored yet"
+    before, last = curve[-2:]
+    slope = (last.mean - before.mean) / (last.load - before.load)
+    if slope <= MAX_SLOPE:
+        return None
+    return f"{slope:.0%} of the bits that the largest load adds are stored"

@@ -191,7 +191,7 @@ def _trial(num_facts, stored_per_param, *, rank=1, rate=1e-3, seed=0, status="fi
 
 LEVEL = [(117, 0.3), (235, 0.5), (469, 0.52)]
 RISING = [(117, 0.3), (235, 0.5), (469, 0.9)]
-FULL = [(235, 1.9), (469, 2.4), (939, 2.5)]
+OVER = [(235, 1.9), (469, 2.4), (939, 2.5)]
 
 
 @pytest.mark.parametrize(
@@ -199,8 +199,13 @@ FULL = [(235, 1.9), (469, 2.4), (939, 2.5)]
     [
         (LEVEL, 100, "measured", "store 0.52 bits/parameter at most"),
         (LEVEL, 1000, "contradicted", "26% of the rule's 2"),
-        (RISING, 1000, "undecided", "has not levelled off"),
-        (FULL, 100, "supported", "store 2.50 bits/parameter"),
+        (
+            RISING,
+            1000,
+            "undecided",
+            "has not levelled off (rank 1: 20% of the bits that the largest load adds",
+        ),
+        (OVER, 100, "supported", "store 2.50 bits/parameter"),
         ([], 100, "undecided", "No trial has finished"),
     ],
 )
@@ -238,6 +243,12 @@ def test_findings_name_a_best_learning_rate_at_the_edge():
     found = findings(trials, RECIPE)
     assert found["tables"][0]["rows"][0][5] == "2.00e-03 (edge)"
     assert any("edge of those tried: rank 1 at 1.00 known" in line for line in found["limits"])
+
+
+def test_findings_say_where_a_curve_falls_for_want_of_training():
+    trials = [_trial(*point) for point in [*LEVEL, (939, 0.1)]]
+    assert any("Rank 1 stores less" in line for line in findings(trials, RECIPE)["limits"])
+    assert not any("stores less" in line for line in findings(trials[:-1], RECIPE)["limits"])
 
 
 def test_findings_draw_each_rank_under_what_there_is_and_the_rule():

@@ -65,8 +65,9 @@ def _points(*pairs):
 
 
 def test_peak_of_a_curve_that_levels_off_is_its_highest_point():
-    peak = peak_of(_points((4.0, 0.41), (0.25, 0.2), (2.0, 0.4), (1.0, 0.35)))
-    assert (peak.load, peak.stored, peak.rising) == (4.0, 0.41, None)
+    # The last 2 bits/parameter that are offered add 0.02.
+    peak = peak_of(_points((4.0, 0.42), (0.25, 0.2), (2.0, 0.4), (1.0, 0.35)))
+    assert (peak.load, peak.stored, peak.rising) == (4.0, 0.42, None)
 
 
 def test_peak_of_a_curve_that_falls_behind_its_peak_has_levelled_off():
@@ -74,23 +75,29 @@ def test_peak_of_a_curve_that_falls_behind_its_peak_has_levelled_off():
     assert (peak.load, peak.stored, peak.rising) == (1.0, 0.5, None)
 
 
-def test_peak_of_a_curve_that_still_rises_says_so():
-    peak = peak_of(_points((1.0, 0.3), (2.0, 0.35), (4.0, 0.4)))
-    assert (
-        peak.rising == "the largest load stores 0.400 bits/parameter, those below it at most 0.350"
-    )
+@pytest.mark.parametrize(("last", "rises"), [(0.549, False), (0.551, True)])
+def test_peak_of_a_curve_that_stores_a_tenth_of_what_is_added_is_the_boundary(last, rises):
+    peak = peak_of(_points((1.0, 0.45), (2.0, last)))
+    assert (peak.rising is not None) == rises
 
 
-def test_peak_of_facts_that_are_mostly_stored_tells_nothing_of_the_adapter():
-    peak = peak_of(_points((0.5, 0.49), (0.52, 0.5)))
-    assert peak.rising == "96% of the largest load is stored"
+def test_peak_of_an_adapter_with_room_says_how_much_of_the_last_load_it_took():
+    peak = peak_of(_points((0.5, 0.45), (1.0, 0.9)))
+    assert peak.rising == "90% of the bits that the largest load adds are stored"
 
 
-def test_peak_of_one_load_or_of_nothing_but_guessing_has_no_end():
+def test_peak_of_one_load_is_no_level():
     assert peak_of(_points((4.0, 0.1))).rising == "one load alone"
-    assert peak_of(_points((2.0, -0.3), (4.0, 0.1))).rising is not None
-    with pytest.raises(ValueError, match="at least one load"):
-        peak_of([])
+
+
+def test_peak_of_adapters_that_learnt_nothing_is_no_level():
+    assert peak_of(_points((1.0, -0.1), (2.0, -0.2))).rising == "nothing is stored yet"
+
+
+@pytest.mark.parametrize("pairs", [[], [(1.0, 0.2), (1.0, 0.3)]])
+def test_peak_of_no_loads_or_of_one_twice_is_refused(pairs):
+    with pytest.raises(ValueError, match="one or more different loads"):
+        peak_of(_points(*pairs))
 
 
 def test_peak_is_of_the_mean_over_seeds_with_their_range():
