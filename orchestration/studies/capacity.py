@@ -217,10 +217,9 @@ LAPTOP = Recipe(
     exposures=100,
     global_batch_size=8,
 )
-"""13M tokens of training on the shipped base, 5,000 a second on a core of an EPYC. Found there: a larger
-batch stores less at equal exposures (rank 1, 64 facts: 0.17 bits/parameter at batch 32, 0.26 at 16, 0.30 at
-8), the best learning rate falls as the facts grow (3.2e-3 for 81 of them, 1e-3 for 651), and with MLP layers
-alone rank 1 fails to learn which 512 of 3,072 tokens are symbols (469 facts)."""
+"""13M tokens of training on the shipped base, 5,000 a second on a core of an EPYC. Single runs there, rank 1:
+a larger batch stores less at equal exposures (MLP, 64 facts: 0.17 bits/parameter at batch 32, 0.26 at 16,
+0.30 at 8); the best learning rate tried falls as the facts grow (3.2e-3 for 81 of them, 1e-3 for 651)."""
 SMOKE = Recipe(
     loads=(0.0625, 0.125),
     lora_ranks=(1,),

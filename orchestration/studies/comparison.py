@@ -1,5 +1,6 @@
 """The arms of a study beside each other: points, optima, curves."""
 
+import math
 import statistics
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,19 +54,22 @@ class Comparison:
         return self._optima[arm.label]
 
     def curve(self, arm: Arm) -> Curve:
-        """The learning curve at the measured learning rate nearest to the arm's optimum that ran with most
-        seeds; empty while there is no optimum."""
+        """The learning curve at the arm's best learning rate, as near as it was measured with most seeds;
+        empty where the best lies on an edge or beside a diverged run. A best rate whose interval is not
+        bounded has a curve all the same: between such rates the losses hardly differ."""
         found = self.optimum(arm)
         records = [r for r in records_of(arm, self.records) if r.status == "finished"]
-        if isinstance(found, Unsettled) or not records:
+        if not records or (isinstance(found, Unsettled) and found.side != "none"):
             return []
         by_rate: dict[float, list[TrialRecord]] = {}
         for record in records:
             by_rate.setdefault(record.candidate["learning_rate"], []).append(record)
         most = max(len(runs) for runs in by_rate.values())
         full = {rate: runs for rate, runs in by_rate.items() if len(runs) == most}
-        rate = min(full, key=lambda rate: abs(rate / found.learning_rate - 1))
-        return mean_curve(full[rate])
+        curves = {rate: mean_curve(runs) for rate, runs in full.items()}
+        if isinstance(found, Unsettled):
+            return min(curves.values(), key=lambda curve: curve[-1][1])
+        return curves[min(curves, key=lambda rate: abs(math.log(rate / found.learning_rate)))]
 
 
 def mean_curve(records: list[TrialRecord]) -> Curve:

@@ -248,3 +248,20 @@ def test_limits_say_what_the_protocol_lacks(tmp_path):
     said = " ".join(whole.results()["limits"])
     assert "steps" not in said
     assert "more than one epoch" in said  # 4,800 examples of 932 rows
+
+
+def test_rank_whose_best_rate_is_not_bounded_has_a_curve_all_the_same(tmp_path):
+    def flat_rank_1(candidate: Candidate, examples: int) -> float:
+        if candidate.lora_rank != 1:
+            return by_rank(candidate, examples)
+        rng = random.Random(f"{candidate}")
+        wall = max(0.0, abs(math.log10(candidate.learning_rate / 4e-3)) - 0.6)
+        return 2.9 + wall**2 + rng.gauss(0, 0.01) + 0.4 * (1 - examples / BUDGET)
+
+    found = Planted("rank", tmp_path / "run", flat_rank_1, lora_rank=[1, 8], seeds=2).results()
+    arm = next(arm for arm in found["arms"] if arm["label"] == "r1 alpha 32")
+    assert arm["fit"] is None
+    assert arm["unsettled"]
+    rows = {row[0]: row for row in found["tables"][0]["rows"]}
+    assert float(rows["r1 alpha 32"][4]) == pytest.approx(2.9, abs=0.03)
+    assert rows["r1 alpha 32"][3] != "no curve"
