@@ -141,9 +141,14 @@ def replace_folder(temporary: Path, target: Path) -> None:
 
 
 def remove_folder(target: Path) -> None:
-    """Removes a folder that may not be there, and what a replacement left beside it."""
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.rmtree(target.with_name(f".{target.name}.old"), ignore_errors=True)
+    """Removes a folder that may not be there, and what a replacement left beside it: whole or not at all,
+    whenever we die."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        gone = target.with_name(f".{target.name}.{os.getpid()}.gone")
+        os.rename(target, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def existing_folder(target: Path) -> Path | None:

@@ -46,7 +46,10 @@ def test_study_killed_and_gone_on_with_ends_as_the_whole_one(tmp_path):
     assert len(before) < len(statuses(whole))
     done = ended(study(tmp_path, "--preset", "smoke", "--name", "killed"))
     assert done.returncode == 0, told(done)
-    assert losses(killed) == losses(whole)
+    # Packs are made up otherwise after a kill, which rounds otherwise.
+    assert {name: dict(rows) for name, rows in losses(killed).items()} == {
+        name: pytest.approx(dict(rows), rel=1e-5) for name, rows in losses(whole).items()
+    }
     after = _status_files(killed)
     assert {name: after[name].stat().st_mtime_ns for name in before} == before  # nothing ran twice
 
