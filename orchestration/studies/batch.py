@@ -3,6 +3,7 @@
 from typing import Any
 
 from orchestration.studies.comparison import Comparison
+from orchestration.studies.figures import figure, series
 from search_spaces.studies.points import Unsettled
 from search_spaces.studies.ratio import Gap, Ratio, loss_gap, lr_ratio
 
@@ -84,24 +85,18 @@ def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _picture(rows: list[dict[str, Any]]) -> dict[str, Any]:
     drawn = [(row["batch"], row["gap"]) for row in rows if isinstance(row["gap"], Gap)]
-    return {
-        "title": "LoRA's best loss over full fine-tuning's",
-        "x_title": "global_batch_size",
-        "y_title": "nats/token",
-        "x_log": True,
-        "y_log": False,
-        "series": [
-            {
-                "name": "gap, 95% interval",
-                "x": [batch for batch, _ in drawn],
-                "y": [gap.estimate for _, gap in drawn],
-                "low": [gap.low for _, gap in drawn],
-                "high": [gap.high for _, gap in drawn],
-                "mode": "lines+markers",
-                "dash": "solid",
-            }
-        ],
-        "hlines": [{"y": 0.0, "text": "equal"}],
-        "vlines": [],
-        "x_labels": None,
-    }
+    gaps = series(
+        "gap, 95% interval",
+        [batch for batch, _ in drawn],
+        [gap.estimate for _, gap in drawn],
+        low=[gap.low for _, gap in drawn],
+        high=[gap.high for _, gap in drawn],
+    )
+    return figure(
+        "LoRA's best loss over full fine-tuning's",
+        "global_batch_size",
+        "nats/token",
+        [gaps],
+        x_log=True,
+        hlines=[{"y": 0.0, "text": "equal"}],
+    )

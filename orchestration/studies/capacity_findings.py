@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestration.studies.capacity import FactTrial, Recipe
+from orchestration.studies.figures import figure, series
 from search_spaces import doctrine
 from search_spaces.studies.stored_bits import LEAK_BITS, LoadPoint, Peak, peak_of
 
@@ -190,31 +191,26 @@ def _trial_cells(trial: FactTrial) -> list[str]:
 
 def _picture(curves: dict[int, list[_Load]]) -> dict[str, Any]:
     loads = [load.first.load for curve in curves.values() for load in curve]
-    return {
-        "title": "Bits stored for each adapter parameter",
-        "x_title": "known bits of the facts for each adapter parameter",
-        "y_title": "stored bits for each adapter parameter",
-        "x_log": True,
-        "y_log": False,
-        "series": [*(_series(rank, curve) for rank, curve in curves.items()), _bound(loads)],
-        "hlines": [{"y": RULE, "text": f"{RULE} bits/parameter"}],
-        "vlines": [],
-        "x_labels": None,
-    }
+    return figure(
+        "Bits stored for each adapter parameter",
+        "known bits of the facts for each adapter parameter",
+        "stored bits for each adapter parameter",
+        [*(_series(rank, curve) for rank, curve in curves.items()), _bound(loads)],
+        x_log=True,
+        hlines=[{"y": RULE, "text": f"{RULE} bits/parameter"}],
+    )
 
 
 def _series(rank: int, curve: list[_Load]) -> dict[str, Any]:
     points = [load.point for load in curve]
     many = any(len(point.stored) > 1 for point in points)
-    return {
-        "name": f"rank {rank}",
-        "x": [point.load for point in points],
-        "y": [max(0.0, point.mean) for point in points],
-        "low": [max(0.0, min(point.stored)) for point in points] if many else None,
-        "high": [max(0.0, *point.stored, 0.0) for point in points] if many else None,
-        "mode": "lines+markers",
-        "dash": "solid",
-    }
+    return series(
+        f"rank {rank}",
+        [point.load for point in points],
+        [max(0.0, point.mean) for point in points],
+        low=[max(0.0, min(point.stored)) for point in points] if many else None,
+        high=[max(0.0, *point.stored, 0.0) for point in points] if many else None,
+    )
 
 
 def _bound(loads: Sequence[float]) -> dict[str, Any]:
@@ -222,15 +218,7 @@ def _bound(loads: Sequence[float]) -> dict[str, Any]:
     low = min(loads)
     high = max(low, min(max(loads), 1.2 * RULE))
     steps = [low * (high / low) ** (i / (NUM_BOUND_POINTS - 1)) for i in range(NUM_BOUND_POINTS)]
-    return {
-        "name": "all there is to store",
-        "x": steps,
-        "y": steps,
-        "low": None,
-        "high": None,
-        "mode": "lines",
-        "dash": "dash",
-    }
+    return series("all there is to store", steps, steps, mode="lines", dash="dash")
 
 
 def _protocol(recipe: Recipe) -> list[list[str]]:

@@ -5,7 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from orchestration.studies.compute_costs import ESTIMATE, FULL, ArmCosts, ModelCosts
+from orchestration.studies.figures import figure, series
 from search_spaces.doctrine import COMPUTE
+
+RATIO = f"ratio to {FULL}"
 
 
 def tables(model: ModelCosts) -> list[dict[str, Any]]:
@@ -99,21 +102,21 @@ def _by_rank(
     """A series over the compared ranks: medians, with the range where there are several values."""
     several = [list(values(arm)) for arm in model.compared]
     spread = any(len(each) > 1 for each in several)
-    return {
-        "name": name,
-        "x": [arm.lora_rank for arm in model.compared],
-        "y": [statistics.median(each) for each in several],
-        "low": [min(each) for each in several] if spread else None,
-        "high": [max(each) for each in several] if spread else None,
-        "mode": "lines+markers",
-        "dash": "solid",
-    } | style
+    return series(
+        name,
+        [arm.lora_rank for arm in model.compared],
+        [statistics.median(each) for each in several],
+        low=[min(each) for each in several] if spread else None,
+        high=[max(each) for each in several] if spread else None,
+        **style,
+    )
 
 
 def _flops_figure(model: ModelCosts) -> dict[str, Any]:
-    return _figure(
+    return figure(
         f"{model.name}: FLOPs of a step",
         "lora_rank",
+        RATIO,
         [
             _by_rank(model, "layers' matrices", lambda arm: [model.flops_ratio(arm, "linears")]),
             _by_rank(model, "whole step", lambda arm: [model.flops_ratio(arm, "step")]),
@@ -125,14 +128,16 @@ def _flops_figure(model: ModelCosts) -> dict[str, Any]:
                 dash="dash",
             ),
         ],
+        x_log=True,
         hlines=[{"y": COMPUTE.value[0] / COMPUTE.value[2], "text": "2/3"}],
     )
 
 
 def _time_figure(model: ModelCosts) -> dict[str, Any]:
-    return _figure(
+    return figure(
         f"{model.name}: time of a step",
         "lora_rank",
+        RATIO,
         [
             _by_rank(model, "a step's time", model.time_ratios),
             _by_rank(
@@ -148,50 +153,32 @@ def _time_figure(model: ModelCosts) -> dict[str, Any]:
                 dash="dash",
             ),
         ],
+        x_log=True,
         hlines=[{"y": 1.0, "text": FULL}],
     )
 
 
 def _bytes_figure(model: ModelCosts) -> dict[str, Any]:
     arms = (model.full, *model.arms)
-    held = {
-        "name": "held between steps (summed over tensors)",
-        "x": list(range(len(arms))),
-        "y": [arm.held / 1e6 for arm in arms],
-        "low": None,
-        "high": None,
-        "mode": "markers",
-        "dash": "solid",
-    }
+    held = series(
+        "held between steps (summed over tensors)",
+        range(len(arms)),
+        [arm.held / 1e6 for arm in arms],
+        mode="markers",
+    )
     measured = [(at, arm.peaks) for at, arm in enumerate(arms) if arm.peaks]
-    peak = held | {
-        "name": "peak (measured)",
-        "x": [at for at, _ in measured],
-        "y": [statistics.median(peaks) / 1e6 for _, peaks in measured],
-        "low": [min(peaks) / 1e6 for _, peaks in measured],
-        "high": [max(peaks) / 1e6 for _, peaks in measured],
-    }
-    series = [peak, held] if measured else [held]
-    figure = _figure(f"{model.name}: memory", "arm", series, y_title="MB")
-    return figure | {"x_log": False, "x_labels": [arm.label for arm in arms]}
-
-
-def _figure(
-    title: str,
-    x_title: str,
-    series: list[dict[str, Any]],
-    *,
-    hlines: Sequence[dict[str, Any]] = (),
-    y_title: str = f"ratio to {FULL}",
-) -> dict[str, Any]:
-    return {
-        "title": title,
-        "x_title": x_title,
-        "y_title": y_title,
-        "x_log": True,
-        "y_log": False,
-        "series": series,
-        "hlines": list(hlines),
-        "vlines": [],
-        "x_labels": None,
-    }
+    peak = series(
+        "peak (measured)",
+        [at for at, _ in measured],
+        [statistics.median(peaks) / 1e6 for _, peaks in measured],
+        low=[min(peaks) / 1e6 for _, peaks in measured],
+        high=[max(peaks) / 1e6 for _, peaks in measured],
+        mode="markers",
+    )
+    return figure(
+        f"{model.name}: memory",
+        "arm",
+        "MB",
+        [peak, held] if measured else [held],
+        x_labels=[arm.label for arm in arms],
+    )

@@ -4,6 +4,7 @@ from typing import Any
 
 from orchestration.studies.arms import Arm
 from orchestration.studies.comparison import Comparison
+from orchestration.studies.figures import figure, series
 from search_spaces.studies.optimum import ArmOptimum
 from search_spaces.studies.points import Unsettled
 from search_spaces.studies.ratio import Gap, loss_gap
@@ -86,27 +87,21 @@ def _picture(compared: Comparison) -> dict[str, Any]:
     """Best loss of each target, with the losses of its seeds at the measured rate nearest to the best."""
     found = [(k, arm, compared.curve(arm)) for k, arm in enumerate(compared.lora_arms)]
     drawn = [(k, curve[-1]) for k, _, curve in found if curve]
-    return {
-        "title": "Loss at the best learning rate, by adapted layers",
-        "x_title": "",
-        "y_title": "eval_loss (nats/token)",
-        "x_log": False,
-        "y_log": False,
-        "series": [
-            {
-                "name": "mean and spread over seeds",
-                "x": [k for k, _ in drawn],
-                "y": [loss for _, (_, loss, _) in drawn],
-                "low": [loss - spread for _, (_, loss, spread) in drawn],
-                "high": [loss + spread for _, (_, loss, spread) in drawn],
-                "mode": "markers",
-                "dash": "solid",
-            }
-        ],
-        "hlines": [],
-        "vlines": [],
-        "x_labels": [
+    points = series(
+        "mean and spread over seeds",
+        [k for k, _ in drawn],
+        [loss for _, (_, loss, _) in drawn],
+        low=[loss - spread for _, (_, loss, spread) in drawn],
+        high=[loss + spread for _, (_, loss, spread) in drawn],
+        mode="markers",
+    )
+    return figure(
+        "Loss at the best learning rate, by adapted layers",
+        "",
+        "eval_loss (nats/token)",
+        [points],
+        x_labels=[
             f"{'+'.join(arm.template.target)} r{arm.template.lora_rank}"
             for arm in compared.lora_arms
         ],
-    }
+    )

@@ -4,6 +4,7 @@ from typing import Any
 
 from orchestration.studies.arms import Arm
 from orchestration.studies.comparison import Comparison
+from orchestration.studies.figures import figure, series
 from search_spaces import doctrine
 from search_spaces.priors import learning_rate_prior
 from search_spaces.studies.ratio import Gap, Ratio, loss_gap, lr_ratio
@@ -155,35 +156,28 @@ def _ratio_figure(compared: Comparison, judged: list[dict[str, Any]]) -> dict[st
     arms = [one["arm"] for one in judged]
     at = [k for k, one in enumerate(judged) if isinstance(one["ratio"], Ratio)]
     ratios = [judged[k]["ratio"] for k in at]
-    measured = {
-        "name": "measured",
-        "x": at,
-        "y": [ratio.estimate for ratio in ratios],
-        "low": [ratio.low for ratio in ratios],
-        "high": [ratio.high for ratio in ratios],
-        "mode": "markers",
-        "dash": "solid",
-    }
+    measured = series(
+        "measured",
+        at,
+        [ratio.estimate for ratio in ratios],
+        low=[ratio.low for ratio in ratios],
+        high=[ratio.high for ratio in ratios],
+        mode="markers",
+    )
     laws = [
-        {
-            "name": name,
-            "x": list(range(len(arms))),
-            "y": [predictions(compared, arm)[name] for arm in arms],
-            "low": None,
-            "high": None,
-            "mode": "markers",
-            "dash": "solid",
-        }
+        series(
+            name,
+            range(len(arms)),
+            [predictions(compared, arm)[name] for arm in arms],
+            mode="markers",
+        )
         for name in (MAIN, RIVAL, SHORT)
     ]
-    return {
-        "title": "Ratio of the best learning rates",
-        "x_title": "",
-        "y_title": "LR_LoRA / LR_FullFT",
-        "x_log": False,
-        "y_log": True,
-        "series": [measured, *laws],
-        "hlines": [],
-        "vlines": [],
-        "x_labels": [arm.label for arm in arms],
-    }
+    return figure(
+        "Ratio of the best learning rates",
+        "",
+        "LR_LoRA / LR_FullFT",
+        [measured, *laws],
+        y_log=True,
+        x_labels=[arm.label for arm in arms],
+    )

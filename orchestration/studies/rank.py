@@ -4,6 +4,7 @@ from typing import Any
 
 from orchestration.studies.arms import Arm
 from orchestration.studies.comparison import Comparison
+from orchestration.studies.figures import figure, series
 from search_spaces import doctrine
 from search_spaces.studies.optimum import ArmOptimum
 from search_spaces.studies.rank_curves import capacity_examples, kendall_tau, leaving_examples
@@ -100,31 +101,21 @@ def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _curves(compared: Comparison) -> dict[str, Any]:
-    series = []
+    drawn = []
     for arm in compared.arms:
         curve = [point for point in compared.curve(arm) if point[0] > 0]
-        series.append(
-            {
-                "name": arm.label,
-                "x": [examples for examples, _, _ in curve],
-                "y": [loss for _, loss, _ in curve],
-                "low": [loss - spread for _, loss, spread in curve],
-                "high": [loss + spread for _, loss, spread in curve],
-                "mode": "lines+markers",
-                "dash": "dash" if arm.full_finetune else "solid",
-            }
+        drawn.append(
+            series(
+                arm.label,
+                [examples for examples, _, _ in curve],
+                [loss for _, loss, _ in curve],
+                low=[loss - spread for _, loss, spread in curve],
+                high=[loss + spread for _, loss, spread in curve],
+                dash="dash" if arm.full_finetune else "solid",
+            )
         )
-    return {
-        "title": "Learning curves at each arm's best learning rate",
-        "x_title": "examples",
-        "y_title": "eval_loss (nats/token)",
-        "x_log": False,
-        "y_log": False,
-        "series": series,
-        "hlines": [],
-        "vlines": [],
-        "x_labels": None,
-    }
+    title = "Learning curves at each arm's best learning rate"
+    return figure(title, "examples", "eval_loss (nats/token)", drawn)
 
 
 def _best_losses(compared: Comparison) -> dict[str, Any]:
@@ -132,24 +123,16 @@ def _best_losses(compared: Comparison) -> dict[str, Any]:
     settled = [(arm, best) for arm, best in found if isinstance(best, ArmOptimum)]
     lora = [(arm, best) for arm, best in settled if not arm.full_finetune]
     full = [best for arm, best in settled if arm.full_finetune]
-    return {
-        "title": "Best loss by rank",
-        "x_title": "lora_rank",
-        "y_title": "eval_loss (nats/token)",
-        "x_log": True,
-        "y_log": False,
-        "series": [
-            {
-                "name": "LoRA at its best learning rate",
-                "x": [arm.template.lora_rank for arm, _ in lora],
-                "y": [best.loss for _, best in lora],
-                "low": None,
-                "high": None,
-                "mode": "lines+markers",
-                "dash": "solid",
-            }
-        ],
-        "hlines": [{"y": best.loss, "text": "FullFT"} for best in full],
-        "vlines": [],
-        "x_labels": None,
-    }
+    drawn = series(
+        "LoRA at its best learning rate",
+        [arm.template.lora_rank for arm, _ in lora],
+        [best.loss for _, best in lora],
+    )
+    return figure(
+        "Best loss by rank",
+        "lora_rank",
+        "eval_loss (nats/token)",
+        [drawn],
+        x_log=True,
+        hlines=[{"y": best.loss, "text": "FullFT"} for best in full],
+    )
