@@ -212,6 +212,12 @@ SPACE_KEYS = (
 )
 
 
+def values_of(key: str, given: Any) -> tuple[Any, ...]:
+    """The values that a user gave a key of the search space: one, a list, or a range's points."""
+    value = vars(given) if isinstance(given, LogRange) else given
+    return parse_domain(key, value).values()
+
+
 def _whole(value: Any) -> Any:
     """2.0e9 is how people write a count; YAML makes it a float."""
     if isinstance(value, list):

@@ -28,32 +28,30 @@ def train(
     run: RunPaths,
     progress: Progress,
     make_work: "Callable[[Plan, TrialMaker, RunPaths], Work] | None" = None,
+    *,
+    keep_weights: bool = True,
 ) -> None:
     """Runs every trial that has no end yet, on the connected cluster.
 
     Args:
         make_work: what is to be run; default: the plan's candidates.
+        keep_weights: see `trainers.sft_trainer.TrialSpec`.
 
     Raises:
         ValueError: no worker can load the base; a scheduler other than the run began with.
     """
     engine = _packed if plan.config.engine == "packed" else _solo
+    demand, packs = trial_demand(plan.config, inventory), plan_packs(plan, inventory)
     with progress:
-        engine(plan, inventory, run, progress, make_work or Work)
+        maker = TrialMaker(plan, demand, packs, run, keep_weights=keep_weights)
+        engine(inventory, progress, (make_work or Work)(plan, maker, run))
 
 
-def _packed(
-    plan: Plan,
-    inventory: Inventory,
-    run: RunPaths,
-    progress: Progress,
-    make_work: "Callable[[Plan, TrialMaker, RunPaths], Work]",
-) -> None:
+def _packed(inventory: Inventory, progress: Progress, work: "Work") -> None:
     from orchestration.pool import Pool
     from orchestration.thin import ThinTrial
 
-    demand, packs = trial_demand(plan.config, inventory), plan_packs(plan, inventory)
-    work = make_work(plan, TrialMaker(plan, demand, packs, run), run)
+    plan, run, demand, packs = work.plan, work.run, work.maker.demand, work.maker.packs
     warm = work.first_trial()
     if warm is None:
         return
@@ -86,18 +84,11 @@ def _packed(
         write_json(run.packs, facts | {"groups": pool.groups()})
 
 
-def _solo(
-    plan: Plan,
-    inventory: Inventory,
-    run: RunPaths,
-    progress: Progress,
-    make_work: "Callable[[Plan, TrialMaker, RunPaths], Work]",
-) -> None:
+def _solo(inventory: Inventory, progress: Progress, work: "Work") -> None:
     from cluster.inventory import max_concurrent_trials
     from orchestration.solo import solo_trial
 
-    demand, packs = trial_demand(plan.config, inventory), plan_packs(plan, inventory)
-    work = make_work(plan, TrialMaker(plan, demand, packs, run), run)
+    run, demand = work.run, work.maker.demand
     workers = vars(demand) | {"storage": str((run.tune / "train").resolve())}
     work.run_all(
         solo_trial,

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from orchestration.config import values_of
 from search_spaces import doctrine
-from search_spaces.candidate import Candidate, trial_name
+from search_spaces.candidate import Candidate
 from search_spaces.domains import LogUniform
-from search_spaces.values import parse_domain
+from search_spaces.studies.points import rounded_rate
 
 if TYPE_CHECKING:
     from orchestration.planning import Plan
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 CURVE_KINDS = ("lr-ratio", "rank", "layers", "batch")
 """Studies whose arms are loss curves over learning rates."""
 LAYER_TARGETS = (("attn",), ("mlp",), ("attn", "mlp"), ("attn", "mlp", "unembed"))
-SIGNIFICANT = 6
-"""Digits of a learning rate: a trial's name is a hash of its candidate, so a rate must repeat exactly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +45,6 @@ class Arm:
         """The candidate of one point."""
         return replace(self.template, learning_rate=learning_rate, seed=seed)
 
-    def trial(self, learning_rate: float, seed: int) -> str:
-        """The trial's name of one point."""
-        return trial_name(self.candidate(learning_rate, seed))
-
     def holds(self, candidate: Candidate) -> bool:
         """Whether a candidate is a point of this arm."""
         return self.candidate(candidate.learning_rate, candidate.seed) == candidate
@@ -66,7 +61,7 @@ def make_arms(kind: str, config: "StudyConfig", plan: "Plan") -> tuple[Arm, ...]
     space = plan.space
     axes = {"lora_rank": True, "lora_alpha": kind == "lr-ratio", "target": False}
     axes |= {"global_batch_size": kind == "batch"}
-    _require_single(space, config, axes)
+    _require_single(space, axes)
     batches = space.global_batch_size.options
     full = (
         [_full_arm(config, plan, batch, batches) for batch in batches] if kind != "layers" else []
@@ -77,7 +72,7 @@ def make_arms(kind: str, config: "StudyConfig", plan: "Plan") -> tuple[Arm, ...]
     )
 
 
-def _require_single(space: "SearchSpace", config: "StudyConfig", axes: dict[str, bool]) -> None:
+def _require_single(space: "SearchSpace", axes: dict[str, bool]) -> None:
     others = ("lr_schedule", "warmup", "weight_decay", "max_grad_norm", "dropout", "seed")
     for key in (*[key for key, varies in axes.items() if not varies], *others):
         values = getattr(space, key).values()
@@ -169,18 +164,11 @@ def _batch_text(batch: int, batches: tuple[int, ...]) -> str:
 def _grid(given: object, centre: float, decades: float) -> tuple[float, ...]:
     """Learning rates as given, else in steps of the doctrine's width around the prior."""
     if given is not None:
-        value = given if isinstance(given, (int, float, list)) else vars(given)
-        return tuple(
-            sorted(_rounded(rate) for rate in parse_domain("learning_rate", value).values())
-        )
+        return tuple(sorted(rounded_rate(rate) for rate in values_of("learning_rate", given)))
     step = doctrine.LR_GRID_STEP_DECADES.value
     half = math.ceil(round(decades / step, 6))
     num = 2 * half + 1
     domain = LogUniform(
         low=centre * 10 ** (-half * step), high=centre * 10 ** (half * step), num=num
     )
-    return tuple(_rounded(rate) for rate in domain.values())
-
-
-def _rounded(rate: float) -> float:
-    return float(f"{rate:.{SIGNIFICANT}g}")
+    return tuple(rounded_rate(rate) for rate in domain.values())

@@ -7,8 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from orchestration.config import SweepConfig, make_config
-from orchestration.engines import Work
+from orchestration.config import SweepConfig, make_config, values_of
 from orchestration.models import model_shape, require_weights
 from orchestration.planning import Plan
 from orchestration.progress import Progress
@@ -31,7 +30,6 @@ from orchestration.studies.frame import StudyFacts, frame
 from orchestration.studies.results import model_facts, write_results
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import trial_name
-from search_spaces.values import parse_domain
 from trainers.data.facts import make_facts
 from trainers.data.tokenizer import load_tokenizer
 from trainers.paths import RunPaths
@@ -82,10 +80,7 @@ def recipe_of(config: StudyConfig, preset: str | None) -> Recipe:
     given: dict[str, Any] = {}
     for key in ("lora_rank", "learning_rate"):
         if (value := getattr(config, key)) is not None:
-            domain = parse_domain(
-                key, value if isinstance(value, (int, float, list)) else vars(value)
-            )
-            given[f"{key}s"] = tuple(domain.values())
+            given[f"{key}s"] = values_of(key, value)
     if config.loads is not None:
         given["loads"] = tuple(config.loads)
     for key in ("exposures", "global_batch_size"):
@@ -161,14 +156,9 @@ def _train(config: StudyConfig, sets: Sequence[Planned], console: Console) -> No
                 console.print(f"{name} failed before: it is tried once more", markup=False)
             names = [trial_name(candidate) for candidate in one.candidates]
             progress = Progress(names, 0, one.num_examples, console)
-            engines.train(plan, inventory, run, progress, _work_without_weights)
+            engines.train(plan, inventory, run, progress, keep_weights=False)
     finally:
         sweep.stop_ray()
-
-
-def _work_without_weights(plan: Plan, maker: Any, run: RunPaths) -> Work:
-    maker.keep_weights = False
-    return Work(plan, maker, run)
 
 
 def _is_done(one: FactSet, run: RunPaths) -> bool:

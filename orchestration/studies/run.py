@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.inventory import Inventory, local_inventory, max_concurrent_trials, room_per_worker
+from cluster.packing import ADAPTER_BYTES, USABLE_SHARE
 from orchestration.packs import trial_demand
 from orchestration.planning import Plan
 from orchestration.progress import Progress
@@ -19,12 +20,12 @@ from orchestration.studies.config import StudyConfig
 from orchestration.studies.findings import findings
 from orchestration.studies.frame import StudyFacts
 from orchestration.studies.results import write_results
+from search_spaces import doctrine
 from trainers.paths import RunPaths
 
-FULL_FT_BYTES = 20
+FULL_FT_BYTES = ADAPTER_BYTES + 4
 """Of a parameter in full fine-tuning: weight, gradient and two AdamW moments in fp32, and the copy of the
 base that the next trial begins from."""
-USABLE_SHARE = 0.8
 
 
 def run_study(
@@ -186,13 +187,13 @@ def train_arms(
         # A GPU's group holds many adapters: it must not be emptied for every full fine-tuning.
         in_turn = bool(demand.gpus_per_worker) or max_concurrent_trials(demand, inventory) == 1
         make_work = partial(StudyWork, arms, config, reuse, in_turn)
-        engines.train(plan, inventory, run, progress, make_work)
+        engines.train(plan, inventory, run, progress, make_work, keep_weights=False)
     finally:
         sweep.stop_ray()
 
 
 def _expected(arms: Sequence[Arm], config: StudyConfig) -> int:
     """Points of the study if no grid grows."""
-    window = 1 + 2 * round(config.seed_window_decades / 0.25)
+    window = 1 + 2 * round(config.seed_window_decades / doctrine.LR_GRID_STEP_DECADES.value)
     others = len(config.seed_list) - 1
     return sum(len(arm.grid) + others * min(window, len(arm.grid)) for arm in arms)

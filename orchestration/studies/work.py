@@ -33,7 +33,6 @@ class StudyWork(Work):
         maker: TrialMaker,
         run: RunPaths,
     ) -> None:
-        maker.keep_weights = False
         self.agenda = Agenda(arms, config, run, maker.make, sources=sources, in_turn=in_turn)
         super().__init__(plan, maker, run)
 

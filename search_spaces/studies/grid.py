@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from search_spaces import doctrine
 from search_spaces.studies.curve import WINDOW_DECADES
-from search_spaces.studies.points import Point, check_learning_rate
+from search_spaces.studies.points import Point, check_learning_rate, rounded_rate
 
 STEP = 8
 """Positions in one step of the grid: a position is an eighth of a step from the first rate."""
@@ -108,7 +108,7 @@ class _Arm:
     def rate_at(self, x: float) -> float:
         """The learning rate at a position, to six digits: the same number whoever asks."""
         known = self.rates.get(x)
-        return known or float(f"{self.anchor * 10 ** (x * self.unit_decades):.6g}")
+        return known or rounded_rate(self.anchor * 10 ** (x * self.unit_decades))
 
     def stages(self) -> Iterator[list[tuple[float, int]]]:
         """What is needed, in the order of need; a later stage counts on the earlier ones."""

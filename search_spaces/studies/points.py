@@ -70,3 +70,8 @@ def losses_by_seed(points: Iterable[Point]) -> dict[int, dict[float, float]]:
             )
         curve[point.learning_rate] = point.loss
     return losses
+
+
+def rounded_rate(learning_rate: float) -> float:
+    """A learning rate to six digits: trials are named by a hash, so a rate must repeat exactly."""
+    return float(f"{learning_rate:.6g}")
