@@ -208,11 +208,10 @@ def _report(args: argparse.Namespace) -> int:
 
 def _study_command_of(folder: Path) -> str | None:
     """What began the study in a folder; None where there is no study."""
-    from orchestration.studies.common import fixed_of
     from trainers.paths import RunPaths, read_json
 
-    run = RunPaths(folder)
-    return read_json(run.resolved)["command"] if fixed_of(run) is not None else None
+    resolved = RunPaths(folder).resolved
+    return read_json(resolved).get("command") if resolved.is_file() else None
 
 
 def _resume(args: argparse.Namespace) -> int:

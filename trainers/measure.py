@@ -57,19 +57,18 @@ def _measure(head: LossHead, slot: int, vocab_size: int, row_tokens: int) -> dic
 
 def _seconds(head: LossHead, slot: int, vocab_size: int, row_tokens: int, size: int) -> float:
     rows = max(1, size // row_tokens)
-    source = RowSource(_random_rows(rows, size // rows, vocab_size), 0, head.pack.device)
+    source = RowSource(random_rows(rows, size // rows, vocab_size), 0, head.pack.device)
     batch = source.batch([np.arange(rows)], head.max_positions)
     seconds = []
     for _ in range(2 if size == min(SIZES[head.pack.device.type]) else 1):
-        _synchronize(head.pack.device)
-        began = time.perf_counter()
+        began = now(head.pack.device)
         head.train_nats(batch, (slot,), [1.0])
-        _synchronize(head.pack.device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(now(head.pack.device) - began)
     return seconds[-1]  # the first call of a process also loads code and plans
 
 
-def _random_rows(count: int, length: int, vocab_size: int) -> TokenizedSet:
+def random_rows(count: int, length: int, vocab_size: int) -> TokenizedSet:
+    """Random rows of one length; every token but the first of a row bears loss."""
     ids = np.random.default_rng(0).integers(0, vocab_size, count * length, dtype=np.int32)
     offsets = np.arange(count + 1, dtype=np.int64) * length
     mask = np.ones(count * length, dtype=np.bool_)
@@ -83,6 +82,8 @@ def _random_rows(count: int, length: int, vocab_size: int) -> TokenizedSet:
     )
 
 
-def _synchronize(device: torch.device) -> None:
+def now(device: torch.device) -> float:
+    """Seconds on a clock, read when a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -12,7 +12,6 @@ import ctypes
 import gc
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -34,11 +33,11 @@ from trainers.base_spec import BaseSpec, Quantization
 from trainers.batches import Batch, RowSource
 from trainers.composer import ForwardLimits
 from trainers.cpu import keep_freed_memory
-from trainers.data.token_set import TokenizedSet
 from trainers.dropout import DropoutTokens
 from trainers.full import unfreeze
 from trainers.head import LossHead, vocabulary_size
 from trainers.loop import RunSpec, Trainer, new_run
+from trainers.measure import now, random_rows
 from trainers.meta_shape import shape_of_config
 from trainers.paths import read_json, replace_folder, temporary_folder, write_json
 
@@ -164,7 +163,7 @@ class StepBench:
         self.full = spec.lora_rank == 0
         self.pack = unfreeze(model) if self.full else Pack(model)
         slot = 0 if self.full else self.pack.enter(self._adapter())
-        rows = full_rows(spec.rows, spec.tokens, vocabulary_size(model))
+        rows = random_rows(spec.rows, spec.tokens, vocabulary_size(model))
         self.source = RowSource(rows, 0, model.device)
         limits = ForwardLimits(max_tokens=spec.rows * spec.tokens)
         self.trainer = Trainer(self.pack, self.source, self.source, limits=limits)
@@ -289,21 +288,6 @@ def _attention_backward(
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-def full_rows(count: int, length: int, vocab_size: int) -> TokenizedSet:
-    """Random rows of one length; every token but the first of a row bears loss."""
-    ids = np.random.default_rng(0).integers(0, vocab_size, count * length, dtype=np.int32)
-    offsets = np.arange(count + 1, dtype=np.int64) * length
-    mask = np.ones(count * length, dtype=np.bool_)
-    mask[offsets[:-1]] = False
-    return TokenizedSet(
-        input_ids=ids,
-        loss_mask=mask,
-        offsets=offsets,
-        row_loss_tokens=np.full(count, length - 1, dtype=np.int64),
-        row_loss_bytes=np.full(count, length, dtype=np.int64),
-    )
-
-
 def base_bytes(model: torch.nn.Module) -> int:
     """Bytes of a model's parameters and buffers, a tied one once, a 4-bit one with its constants."""
     held: dict[int, int] = {}
@@ -326,13 +310,6 @@ def _constants(state: Any) -> list[torch.Tensor]:
 
 def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def now(device: torch.device) -> float:
-    """Seconds on a clock, read when a GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def reset_peak(device: torch.device) -> None:

@@ -11,7 +11,7 @@ from orchestration.studies.arms import Arm
 from orchestration.studies.config import StudyConfig
 from orchestration.trials import known_names
 from search_spaces import doctrine
-from search_spaces.candidate import Candidate
+from search_spaces.candidate import Candidate, trial_name
 from search_spaces.studies.grid import next_points
 from search_spaces.studies.points import Point
 from trainers.paths import RunPaths, TrialPaths, read_json, write_json
@@ -88,9 +88,7 @@ class Agenda:
         """What an arm needs. While it has open trials it gets no new ones: what comes next would depend
         on which of them ended first."""
         open_trials = [Candidate.from_dict(r.candidate) for r in self._open(arm, records)]
-        left = [
-            candidate for candidate in open_trials if self._name(arm, candidate) not in self.asked
-        ]
+        left = [candidate for candidate in open_trials if trial_name(candidate) not in self.asked]
         if open_trials:
             return left
         points = next_points(
@@ -103,11 +101,7 @@ class Agenda:
         )
         tried = {record.name for record in records}  # those without a loss have failed
         wanted = [arm.candidate(rate, seed) for rate, seed in points]
-        return [candidate for candidate in wanted if self._name(arm, candidate) not in tried]
-
-    @staticmethod
-    def _name(arm: Arm, candidate: Candidate) -> str:
-        return arm.trial(candidate.learning_rate, candidate.seed)
+        return [candidate for candidate in wanted if trial_name(candidate) not in tried]
 
     @staticmethod
     def _open(arm: Arm, records: Iterable[TrialRecord]) -> list[TrialRecord]:

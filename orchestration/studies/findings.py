@@ -41,7 +41,7 @@ def findings(
     compared = Comparison(facts.kind, config, plan, tuple(arms), tuple(records))
     parts = KINDS[facts.kind](compared)
     shared = {
-        "arms": [arm_dict(arm, records, config) for arm in arms],
+        "arms": [arm_dict(arm, compared) for arm in arms],
         "protocol": protocol(config, plan),
         "limits": limits(config, plan) + parts.pop("limits", []),
     }

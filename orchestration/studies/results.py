@@ -1,16 +1,16 @@
 """results.json of a study: its model, data and arms, and where it is written."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from orchestration.config import SweepConfig
 from orchestration.planning import Plan
 from orchestration.results import TrialRecord
-from orchestration.studies.agenda import points_of, records_of
+from orchestration.studies.agenda import records_of
 from orchestration.studies.arms import Arm
-from orchestration.studies.config import StudyConfig, short_path
+from orchestration.studies.comparison import Comparison
+from orchestration.studies.config import short_path
 from search_spaces.architecture import ModelShape
-from search_spaces.studies.optimum import ArmOptimum, arm_optimum
+from search_spaces.studies.optimum import ArmOptimum
 from search_spaces.studies.points import Unsettled
 from trainers.paths import RunPaths, write_json
 
@@ -41,11 +41,10 @@ def model_facts(config: SweepConfig, shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def arm_dict(arm: Arm, records: Sequence[TrialRecord], config: StudyConfig) -> dict[str, Any]:
+def arm_dict(arm: Arm, compared: Comparison) -> dict[str, Any]:
     """An arm with its points and its fit."""
-    own = records_of(arm, records)
-    found = arm_optimum(points_of(arm, own), tolerance_frac=config.tolerance_frac)
-    template = arm.template
+    found, template = compared.optimum(arm), arm.template
+    tolerance_frac = compared.config.tolerance_frac
     return {
         "label": arm.label,
         "method": "full" if arm.full_finetune else "lora",
@@ -54,8 +53,8 @@ def arm_dict(arm: Arm, records: Sequence[TrialRecord], config: StudyConfig) -> d
         "target": list(template.target),
         "global_batch_size": template.global_batch_size,
         "trained_params": arm.trained_params,
-        "points": [_point(record) for record in own],
-        "fit": _fit(found, config.tolerance_frac) if isinstance(found, ArmOptimum) else None,
+        "points": [_point(record) for record in records_of(arm, compared.records)],
+        "fit": _fit(found, tolerance_frac) if isinstance(found, ArmOptimum) else None,
         "unsettled": found.reason if isinstance(found, Unsettled) else None,
     }
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from trainers.data.records import DataError
 from trainers.data.token_rows import token_span
+from trainers.paths import write_text
 
 if TYPE_CHECKING:
     from trainers.data.tokenizer import LoadedTokenizer
@@ -83,10 +84,7 @@ class Facts:
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         if path.exists() and path.read_text(encoding="utf-8") == text:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, text)
 
 
 def make_facts(spec: FactSpec, tokenizer: "LoadedTokenizer") -> Facts:
