@@ -153,6 +153,12 @@ BITS_PER_PARAM = Rule(
     source="Physics of Language Models 3.3 (Allen-Zhu and Li, 2024)",
     evidence="adapter_params x 2 bits >= dataset bits; an estimate, not a law",
 )
+BITS_AT_EXPOSURES = Rule(
+    key="bits_at_exposures",
+    value=((1000, BITS_PER_PARAM.value), (100, 1)),
+    source=BITS_PER_PARAM.source,
+    evidence="how often each fact was seen in pretraining, and the bits a parameter then held; about 1 at 100",
+)
 BITS_PER_TOKEN = Rule(
     key="bits_per_token",
     value=1,
@@ -223,8 +229,9 @@ RULES: tuple[Rule[object], ...] = (
     *(LR_LEVEL_WIDTH, LR_LEVEL, LR_CHECKED_HIDDEN),
     *(TINKER_LR_LEVEL, TINKER_EXPONENTS, RL_FULL_FT_LR, RL_LR_GRID, LR_GRID_DECADES),
     *(LR_GRID_STEP_DECADES, LR_EXTRAPOLATED_DECADES, LR_COVERAGE, BATCH_RANGE, ALPHA, DROPOUT),
-    *(TARGET, BITS_PER_PARAM, BITS_PER_TOKEN, BITS_PER_EPISODE, QUICK_PARAMS_FACTOR),
-    *(RL_RANK_WARNING, MOE_RANK, COMPUTE, ALPHA_EQUALS_RANK_EXPONENTS, RANK_TABLE),
+    *(TARGET, BITS_PER_PARAM, BITS_AT_EXPOSURES, BITS_PER_TOKEN, BITS_PER_EPISODE),
+    *(QUICK_PARAMS_FACTOR, RL_RANK_WARNING, MOE_RANK, COMPUTE, ALPHA_EQUALS_RANK_EXPONENTS),
+    RANK_TABLE,
 )
 """Every rule, for `tenfold plan` and the documentation to print."""
 

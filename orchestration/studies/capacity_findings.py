@@ -9,10 +9,7 @@ from orchestration.studies.figures import figure, series
 from search_spaces import doctrine
 from search_spaces.studies.stored_bits import LEAK_BITS, LoadPoint, Peak, peak_of
 
-RULE = doctrine.BITS_PER_PARAM.value
-LAW_EXPOSURES = 1000
-"""How often each fact was seen where 2 bits/parameter were found; at 100 it was about 1. Source: Physics
-of Language Models 3.3 (Allen-Zhu and Li, 2024)."""
+(LAW_EXPOSURES, RULE), (FEW_EXPOSURES, FEW_BITS) = doctrine.BITS_AT_EXPOSURES.value
 FALLEN_FRAC = 0.9
 """Below this part of its peak a curve has fallen at its end."""
 NUM_BOUND_POINTS = 25
@@ -271,8 +268,8 @@ def _limits(curves: dict[int, list[_Load]], recipe: Recipe) -> list[str]:
     ]
     if recipe.exposures < LAW_EXPOSURES:
         found.append(
-            f"{recipe.exposures} exposures; the rule's {RULE} bits/parameter took {LAW_EXPOSURES:,}, and 100 "
-            "gave about 1."
+            f"{recipe.exposures} exposures; the rule's {RULE} bits/parameter took {LAW_EXPOSURES:,}, and "
+            f"{FEW_EXPOSURES} gave about {FEW_BITS}."
         )
     edges = [
         f"rank {rank} at {load.first.load:.2f} known bits/parameter"
