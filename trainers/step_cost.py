@@ -246,7 +246,7 @@ class StepBench:
     @staticmethod
     def _counted(work: Callable[[], object]) -> dict[str, int]:
         """FLOPs by operator name."""
-        with FlopCounterMode(display=False, custom_mapping=uncounted_ops()) as counter:
+        with FlopCounterMode(display=False, custom_mapping=op_formulas()) as counter:
             work()
         found = counter.get_flop_counts().get("Global", {})
         return {str(op).rsplit(".", 1)[-1]: count for op, count in found.items()}
@@ -255,16 +255,29 @@ class StepBench:
 Shape = Sequence[int]
 
 
-def uncounted_ops() -> dict[Any, Callable[..., int]]:
+ATTENTION_OPS = tuple(
+    f"_scaled_dot_product_{kind}"
+    for kind in (
+        "flash_attention_for_cpu",
+        "flash_attention",
+        "efficient_attention",
+        "cudnn_attention",
+    )
+)
+
+
+def op_formulas() -> dict[Any, Callable[..., int]]:
     """Formulas for operators that training uses and torch (2.13) counts as nothing: products that are
-    added in place (the low-rank ones), attention on a CPU, and bitsandbytes' 4-bit product."""
+    added in place (the low-rank ones), attention on a CPU, and bitsandbytes' 4-bit product; and for
+    attention with fewer key than query heads, at which torch 2.11 raises."""
     aten = torch.ops.aten
     formulas: dict[Any, Callable[..., int]] = {
         aten.addmm_: _added_product,
         aten.baddbmm_: _added_product,
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     }
+    for name in ATTENTION_OPS:
+        formulas[getattr(aten, name)] = _attention
+        formulas[getattr(aten, f"{name}_backward")] = _attention_backward
     if (gemm_4bit := getattr(torch.ops.bitsandbytes, "gemm_4bit", None)) is not None:
         formulas[gemm_4bit] = _product_4bit
     return formulas
@@ -279,13 +292,18 @@ def _product_4bit(x: Shape, packed: Shape, weight: Shape, *_: Any, **__: Any) ->
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    return sdpa_flop_count(query, _repeated(key, query), _repeated(value, query))
 
 
 def _attention_backward(
     grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any
 ) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
+    return sdpa_backward_flop_count(grad, query, _repeated(key, query), _repeated(value, query))
+
+
+def _repeated(shared: Shape, query: Shape) -> Shape:
+    """The shape of keys or values repeated for every query head, [batch, heads, tokens, head_dim]."""
+    return (shared[0], query[1], *shared[2:])
 
 
 def base_bytes(model: torch.nn.Module) -> int:

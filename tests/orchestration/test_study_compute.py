@@ -20,6 +20,8 @@ from orchestration.studies.compute import (
     run_compute,
 )
 from orchestration.studies.compute_findings import findings
+from orchestration.studies.compute_run import RECIPES, recipe_of
+from orchestration.studies.config import PRESETS, load_study
 from search_spaces.architecture import ModelShape
 from trainers.paths import read_json_lines
 
@@ -199,6 +201,11 @@ def test_presets_have_full_finetuning_and_random_models_that_can_be_read(recipe)
     for model in recipe.models:
         shape = ModelShape.from_config(model.config or Path(model.folder))
         assert shape.hidden_size % 64 == 0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_alone_is_enough_and_measures_its_own_models(preset):
+    assert recipe_of(load_study("compute", preset, None), preset) == RECIPES[preset]
 
 
 def test_findings_of_flops_at_the_estimate_and_times_like_them_support_all():

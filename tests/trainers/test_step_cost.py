@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from search_spaces.architecture import LinearShape, ModelShape
+from trainers import step_cost
 from trainers.base_model import load_base
 from trainers.base_spec import BaseSpec
 from trainers.step_cost import (
@@ -131,6 +132,19 @@ def test_flops_of_attention_by_its_parts_are_what_torch_itself_counts():
     shape = ModelShape.from_config(SHIPPED_BASE)
     # Plain batched products, for which torch has formulas: two forward, four backward.
     assert StepBench(model, SPEC).flops()["attention"] == 6 * attention_products(shape, SPEC)
+
+
+@pytest.mark.parametrize("name", step_cost.ATTENTION_OPS)
+def test_flops_of_shared_key_heads_are_those_of_heads_of_their_own(monkeypatch, name):
+    def equal_heads_only(*shapes: tuple[int, ...]) -> int:  # what torch 2.11 does
+        assert len({shape[1] for shape in shapes}) == 1
+        return len(shapes)
+
+    monkeypatch.setattr(step_cost, "sdpa_flop_count", equal_heads_only)
+    monkeypatch.setattr(step_cost, "sdpa_backward_flop_count", equal_heads_only)
+    formulas, query, key = step_cost.op_formulas(), (3, 8, 16, 64), (3, 2, 16, 64)
+    assert formulas[getattr(torch.ops.aten, name)](query, key, key) == 3
+    assert formulas[getattr(torch.ops.aten, f"{name}_backward")](query, query, key, key) == 4
 
 
 def test_flops_on_nf4_are_those_on_the_plain_base():
