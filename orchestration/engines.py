@@ -18,6 +18,7 @@ from orchestration.tracking import make_trackers
 from orchestration.trials import TrialMaker, history, known_names, settle, unended, untold
 from search_spaces.candidate import trial_name
 from trainers.paths import RunPaths, read_json, write_json
+from trainers.run_lock import claim_folders
 
 NEVER_BEGAN = "the Ray actors that should have driven it died, time after time"
 
@@ -38,11 +39,15 @@ def train(
         keep_weights: see `trainers.sft_trainer.TrialSpec`.
 
     Raises:
-        ValueError: no worker can load the base; a scheduler other than the run began with.
+        ValueError: no worker can load the base; a scheduler other than the run began with; workers of
+            an earlier driver that do not end.
     """
     engine = _packed if plan.config.engine == "packed" else _solo
     demand, packs = trial_demand(plan.config, inventory), plan_packs(plan, inventory)
     with progress:
+        claim_folders(
+            run, lambda: progress.note("waiting for the workers of an earlier driver to end")
+        )
         maker = TrialMaker(plan, demand, packs, run, keep_weights=keep_weights)
         engine(inventory, progress, (make_work or Work)(plan, maker, run))
 

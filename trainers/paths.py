@@ -75,6 +75,11 @@ class RunPaths:
         return self.root / ".lock"
 
     @property
+    def workers(self) -> Path:
+        """Held by every process that writes trials; see trainers/run_lock.py."""
+        return self.root / ".workers"
+
+    @property
     def tune(self) -> Path:
         """Ray Tune's own experiment state."""
         return self.root / "tune"
@@ -149,6 +154,16 @@ def remove_folder(target: Path) -> None:
         gone = target.with_name(f".{target.name}.{os.getpid()}.gone")
         os.rename(target, gone)
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what processes that are gone left beside the files and folders they wrote or removed."""
+    for pattern in (".*.*.tmp", ".*.*.gone"):
+        for left in folder.glob(pattern):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
 
 
 def existing_folder(target: Path) -> Path | None:

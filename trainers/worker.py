@@ -13,6 +13,7 @@ import torch
 from trainers.comm import Comm
 from trainers.metrics import DIVERGED_LOSS
 from trainers.pack_server import PackServer
+from trainers.run_lock import hold_run
 from trainers.sft_trainer import Station, TrialSpec, recorded_rows, train_trial
 
 IDLE_WAIT_S = 1.0
@@ -26,7 +27,12 @@ def train_worker(config: dict[str, Any]) -> dict[str, str]:
     untouched base (0 examples) is not reported, as no scheduler may judge it."""
     _use_own_device()
     spec = TrialSpec.from_dict(config["trial"])
-    for row in recorded_rows(spec)[config["seen"] :]:
+    with hold_run(spec.folder):
+        return _train(spec, config["seen"])
+
+
+def _train(spec: TrialSpec, num_seen: int) -> dict[str, str]:
+    for row in recorded_rows(spec)[num_seen:]:
         ray.train.report({**row, "trial": spec.name})  # a driver died before it was judged
 
     def report(row: dict[str, Any]) -> bool:
@@ -58,11 +64,17 @@ def serve_worker(config: dict[str, Any]) -> None:
     link = BrokerLink(config["broker"], group)
     if not comm.share(link.begin() if comm.world_rank == 0 else None):
         return
+    spec = TrialSpec.from_dict(config["warm"])
+    with hold_run(spec.folder):
+        _serve(link, comm, spec, config["measure"])
+
+
+def _serve(link: "BrokerLink", comm: Comm, warm: TrialSpec, measure: dict[str, Any]) -> None:
     began = time.perf_counter()
     server = PackServer(link, comm, Station)
     try:
-        server.station = Station(TrialSpec.from_dict(config["warm"]), comm)
-        measured = server.station.measure(**config["measure"])
+        server.station = Station(warm, comm)
+        measured = server.station.measure(**measure)
     except Exception as error:  # the boundary: Train would start a group that cannot load for ever
         link.lose(f"{type(error).__name__}: {error}")
         return

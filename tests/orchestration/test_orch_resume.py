@@ -70,13 +70,17 @@ RAY_AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
 """Ray's own, which take a minute or two to see that their raylet is gone."""
 
 
-def kill(driver: subprocess.Popen[str]) -> None:
-    """Kills a driver; its local Ray ends by itself, so that nothing is left that trains on."""
+def kill(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Kills a driver, and gives its processes: they train and write on for a moment."""
     below = psutil.Process(driver.pid).children(recursive=True)
-    below = [process for process in below if process.name() not in RAY_AGENTS]
     driver.send_signal(signal.SIGKILL)
     driver.communicate(timeout=60)
-    _, alive = psutil.wait_procs(below, timeout=60)
+    return [process for process in below if process.name() not in RAY_AGENTS]
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    """A killed driver's local Ray ends by itself, so that nothing is left that trains on."""
+    _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive, alive
 
 
@@ -87,12 +91,13 @@ def test_resume_after_a_killed_driver_ends_in_the_numbers_of_a_whole_sweep(folde
     refused = resume(folder)
     assert refused.returncode == 2, told(refused)
     assert "being driven by another process" in refused.stderr
-    kill(driver)
+    left = kill(driver)
     first = {name: (run / "trials" / name / "metrics.jsonl").stat() for name in statuses(run)}
     assert first
     assert len(first) < 3
     done = resume(folder)
     assert done.returncode == 0, told(done)
+    assert_gone(left)
     assert {status["status"] for status in statuses(run).values()} == {"finished"}
     assert losses(run) == losses(whole)
     assert rungs(run) == rungs(whole)
@@ -119,10 +124,11 @@ def test_resume_of_solo_goes_on_from_checkpoints(folder):
     driver = start(folder, "sweep", "sweep.yaml")
     begun = "trials/*/checkpoint/trainer_state.json"
     wait_until(lambda: list(run.glob(begun)), driver)
-    kill(driver)
+    left = kill(driver)
     kept = {name: found for name, found in losses(run).items() if found}
     done = resume(folder, "solo")
     assert done.returncode == 0, told(done)
+    assert_gone(left)
     assert {status["status"] for status in statuses(run).values()} == {"finished"}
     found, whole = losses(run), losses(folder / "runs" / "whole")
     assert all(found[name][: len(before) - 1] == before[:-1] for name, before in kept.items())

@@ -1,0 +1,60 @@
+"""Who may write into a run's folder. Its workers hold a lock while they live, and the next driver waits for
+it: a killed driver's workers train and write on for seconds before Ray ends them.
+
+The kernel lets a lock go when its process ends, however it ends. On a shared folder this needs a file system
+that carries flock between nodes (NFS does).
+"""
+
+import fcntl
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from trainers.paths import RunPaths, remove_leftovers
+
+WAIT_S = 120.0
+"""How long a driver waits for an earlier driver's workers; they were gone in under 3 s on a busy laptop."""
+POLL_S = 0.1
+
+
+def hold_run(trial_folder: Path) -> IO[str]:
+    """Marks the run of a trial as being written by this process, while the returned file is open."""
+    file = RunPaths(trial_folder.parents[1]).workers.open("a")
+    fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
+def claim_folders(run: RunPaths, on_wait: Callable[[], None], wait_s: float = WAIT_S) -> None:
+    """Waits until no worker of an earlier driver writes into a run, and removes what they left half-written.
+
+    Args:
+        on_wait: called once if there is something to wait for.
+
+    Raises:
+        ValueError: such workers are still there after wait_s.
+    """
+    run.trials.mkdir(parents=True, exist_ok=True)
+    deadline, has_told = time.monotonic() + wait_s, False
+    with run.workers.open("a") as file:
+        while not _taken(file):
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"{run.root}: the workers of an earlier driver must have ended, some still hold "
+                    f"{run.workers.name} after {wait_s:g} s; end them (ray stop, or their processes "
+                    "ray::RayTrainWorker) and try again"
+                )
+            if not has_told:
+                on_wait()
+                has_told = True
+            time.sleep(POLL_S)
+        for folder in (run.root, *run.trials.iterdir()):
+            remove_leftovers(folder)
+
+
+def _taken(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
