@@ -73,9 +73,10 @@ RAY_AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
 def kill(driver: subprocess.Popen[str]) -> list[psutil.Process]:
     """Kills a driver, and gives its processes: they train and write on for a moment."""
     below = psutil.Process(driver.pid).children(recursive=True)
+    below = [process for process in below if process.name() not in RAY_AGENTS]
     driver.send_signal(signal.SIGKILL)
     driver.communicate(timeout=60)
-    return [process for process in below if process.name() not in RAY_AGENTS]
+    return below
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
