@@ -22,6 +22,7 @@ from orchestration.page import Card, charts, frame
 from orchestration.studies.charts import picture
 from orchestration.studies.config import KINDS
 from orchestration.studies.report import render
+from search_spaces import doctrine
 from trainers.paths import read_json
 
 STUDIES = ROOT / "docs" / "studies"
@@ -78,22 +79,31 @@ def section() -> str:
 def ratio_table(found: list[dict[str, Any]]) -> str:
     """The measured ratios of all lr-ratio studies beside each other."""
     rows = [
-        "| hidden | parameters | LoRA arm | best LR over FullFT's (95%) | 10 | hidden / (2 alpha) | machine |",
-        "| --: | --: | --- | --: | --- | --: | --- |",
+        "| hidden | parameters | LoRA arm | best LR over FullFT's (95%) | 10 | hidden / (2 alpha) | "
+        f"{doctrine.LR_RATIO_ROOT.value} sqrt(hidden / alpha) |",
+        "| --: | --: | --- | --: | --- | --- | --- |",
     ]
     studies = [each for each in found if each["kind"] == "lr-ratio"]
     for results in sorted(studies, key=lambda each: each["model"]["hidden_size"]):
         model, claims = results["model"], results["claims"]
         for arm in dict.fromkeys(claim["arm"] for claim in claims):
             ten, rival = (c for c in claims if c["arm"] == arm and "short" not in c["name"])
-            ratio = "none"
+            ratio, root = "none", root_of(results, arm)
+            held = "-"
             if ten["measured"] is not None:
                 ratio = f"{ten['measured']:.3g} ({ten['low']:.3g} to {ten['high']:.3g})"
+                held = "inside" if ten["low"] <= root <= ten["high"] else "outside"
             rows.append(
                 f"| {model['hidden_size']} | {model['num_params'] / 1e6:.1f}M | {arm} | {ratio} | "
-                f"{ten['status']} | {rival['predicted']:g}: {rival['status']} | {results['machine']} |"
+                f"{ten['status']} | {rival['predicted']:g}: {rival['status']} | {root:.2g}: {held} |"
             )
     return "\n".join(rows)
+
+
+def root_of(results: dict[str, Any], label: str) -> float:
+    """What the law of Tenfold's own studies says of an arm; it is no part of a study's verdict."""
+    alpha = next(arm["lora_alpha"] for arm in results["arms"] if arm["label"] == label)
+    return doctrine.root_lr_ratio(results["model"]["hidden_size"], alpha)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ Nothing else in the project holds a doctrine number. A rule is a prior and a che
 verdict: `tenfold plan` prints the value, the source and what the evidence says.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
@@ -51,6 +52,13 @@ LR_RATIO_WIDTH_ALPHA = Rule(
     value=2.0,
     source=STUDY_DOCTRINE,
     evidence="the rival law hidden / (2 alpha): 10 at hidden 640, alpha 32; one rough look only",
+)
+LR_RATIO_ROOT = Rule(
+    key="lr_ratio_root",
+    value=1.4,
+    source="docs/studies",
+    evidence="1.4 sqrt(hidden / alpha): read off three widths, then written down before a fourth, where it held; "
+    "it leaves the shipped base out, and no plan or verdict uses it",
 )
 STUDY_LEAST = Rule(
     key="study_least", value=(300, 3), source=STUDY_DOCTRINE, evidence="optimizer steps and seeds"
@@ -225,7 +233,8 @@ RANK_TABLE = Rule(
 )
 
 RULES: tuple[Rule[object], ...] = (
-    *(LR_RATIO, LR_RATIO_SHORT, SHORT_RUN_STEPS, LR_RATIO_WIDTH_ALPHA, STUDY_LEAST),
+    *(LR_RATIO, LR_RATIO_SHORT, SHORT_RUN_STEPS, LR_RATIO_WIDTH_ALPHA),
+    *(LR_RATIO_ROOT, STUDY_LEAST),
     *(LR_LEVEL_WIDTH, LR_LEVEL, LR_CHECKED_HIDDEN),
     *(TINKER_LR_LEVEL, TINKER_EXPONENTS, RL_FULL_FT_LR, RL_LR_GRID, LR_GRID_DECADES),
     *(LR_GRID_STEP_DECADES, LR_EXTRAPOLATED_DECADES, LR_COVERAGE, BATCH_RANGE, ALPHA, DROPOUT),
@@ -331,6 +340,11 @@ def lora_learning_rate(full_ft_learning_rate: float) -> float:
 def rival_lr_ratio(hidden_size: int, lora_alpha: float) -> float:
     """LoRA / FullFT learning rate by the rival law; alpha > 0. Source: LR_RATIO_WIDTH_ALPHA."""
     return _checked_width(hidden_size) / (LR_RATIO_WIDTH_ALPHA.value * lora_alpha)
+
+
+def root_lr_ratio(hidden_size: int, lora_alpha: float) -> float:
+    """LoRA / FullFT learning rate as Tenfold's own studies measured it; alpha > 0. Source: LR_RATIO_ROOT."""
+    return LR_RATIO_ROOT.value * math.sqrt(_checked_width(hidden_size) / lora_alpha)
 
 
 def tinker_lora_learning_rate(hidden_size: int, model_type: str) -> float:

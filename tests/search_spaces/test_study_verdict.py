@@ -120,6 +120,14 @@ def test_verdict_unknown_main_and_unusable_prediction_refused():
 
 
 @pytest.mark.parametrize(
+    ("hidden", "alpha", "low", "high"),
+    [(512, 32, 4.45, 6.86), (512, 128, 2.14, 3.01)],
+)
+def test_root_lr_ratio_lies_in_the_intervals_it_was_not_read_off(hidden, alpha, low, high):
+    assert low < doctrine.root_lr_ratio(hidden, alpha) < high
+
+
+@pytest.mark.parametrize(
     ("hidden", "alpha", "expected"),
     [(128, 32, 2), (256, 32, 4), (512, 32, 8), (640, 32, 10), (128, 8, 8)],
 )
