@@ -68,7 +68,10 @@ def make_arms(kind: str, config: "StudyConfig", plan: "Plan") -> tuple[Arm, ...]
     )
     return (
         *full,
-        *(_lora_arm(config, plan, template, batches) for template in _templates(kind, plan)),
+        *(
+            _lora_arm(config, plan, template, batches, names_target=kind == "layers")
+            for template in _templates(kind, plan)
+        ),
     )
 
 
@@ -143,11 +146,15 @@ def _full_arm(config: "StudyConfig", plan: "Plan", batch: int, batches: tuple[in
 
 
 def _lora_arm(
-    config: "StudyConfig", plan: "Plan", template: Candidate, batches: tuple[int, ...]
+    config: "StudyConfig",
+    plan: "Plan",
+    template: Candidate,
+    batches: tuple[int, ...],
+    *,
+    names_target: bool,
 ) -> Arm:
-    target = "+".join(template.target)
     whole = plan.shape.normalize_target(doctrine.TARGET.value)
-    where = "" if template.target == whole else f" {target}"
+    where = f" {'+'.join(template.target)}" if names_target or template.target != whole else ""
     return Arm(
         label=f"r{template.lora_rank} alpha {template.lora_alpha:g}{where}"
         + _batch_text(template.global_batch_size, batches),

@@ -138,6 +138,8 @@ def test_arms_of_a_given_grid_keep_its_learning_rates():
 
 def test_arms_of_layers_have_equal_parameters():
     found = arms("layers", lora_rank=8)
+    named = [arm.label.split()[-1] for arm in found]
+    assert named == ["attn", "mlp", "attn+mlp", "attn+mlp+unembed"]
     assert ["+".join(arm.template.target) for arm in found] == [
         "attn",
         "mlp",
