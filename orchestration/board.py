@@ -17,6 +17,8 @@ MAX_STARTS = 3
 """Starts in a row of a group that never became ready, after which it is given up."""
 MAX_CRASHES = 4
 """Worker deaths after which a trial has failed."""
+STOP = {"kind": "stop"}
+"""The command that ends a group's workers."""
 
 
 @dataclass
@@ -58,6 +60,8 @@ class Group:
     incarnation: str
     """Of its living workers; empty while it has none that are ready."""
     info: dict[str, Any]
+    attempt: str = ""
+    """The start of the Train run that its living workers belong to."""
     trials: list[Entry] = field(default_factory=list)
     commands: list[dict[str, Any]] = field(default_factory=list)
     lost: str = ""
@@ -82,6 +86,7 @@ class Board:
         self.queue: list[Entry] = []
         self.groups: dict[str, Group] = {}
         self.starts: dict[str, int] = {}
+        self.attempts: dict[str, str] = {}
         self.stopping = False
 
     def enlist(self, trials: Iterable[tuple[dict[str, Any], int]]) -> None:
@@ -144,28 +149,33 @@ class Board:
 
     # What groups say
 
-    def begin(self, group: str) -> bool:
-        """A group's workers start, and will load the base; False: they died of it too often. Those
-        before them are dead: their trials need not wait for the base where others have room."""
+    def begin(self, group: str, attempt: str) -> bool:
+        """A group's workers start, and will load the base; False: they died of it too often. Those of an
+        earlier attempt are dead: their trials need not wait for the base where others have room.
+
+        Args:
+            attempt: names the start of the Train run. The groups of one run start together, but say so in
+                any order, and some die before they say it.
+        """
+        self.attempts[group] = attempt
+        for name in list(reversed(self.groups)) if self.one_run else [group]:
+            self._bury(name, attempt)
+        self._assign()
         self.starts[group] = self.starts.get(group, 0) + 1
         if self.starts[group] > MAX_STARTS:
             self.lose(group, f"its workers died {MAX_STARTS} times while they loaded the base")
             return False
-        if group in self.groups and self.groups[group].incarnation:
-            for name in reversed(self.groups) if self.one_run else [group]:
-                self._bury(name)
-            self._assign()
         return True
 
-    def _bury(self, name: str) -> None:
-        group = self.groups[name]
-        if group.incarnation:
+    def _bury(self, name: str, attempt: str) -> None:
+        group = self.groups.get(name)
+        if group and group.incarnation and group.attempt != attempt:
             self._replace(name, Group("", group.info))
 
     def hello(self, group: str, incarnation: str, info: dict[str, Any]) -> None:
         """A group is ready, at first or again after a death."""
         self.starts[group] = 0
-        self._replace(group, Group(incarnation, info))
+        self._replace(group, Group(incarnation, info, self.attempts[group]))
         self._assign()
 
     def lose(self, group: str, reason: str) -> None:
@@ -217,7 +227,7 @@ class Board:
     def take_commands(self, group: str) -> list[dict[str, Any]]:
         """What a group must hear; it is told once."""
         taken, self.groups[group].commands = self.groups[group].commands, []
-        return [*taken, {"kind": "stop"}] if self.stopping else taken
+        return [*taken, STOP] if self.stopping else taken
 
     # Places
 

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from orchestration.board import Board
+from orchestration.board import STOP, Board
 
 
 class Broker:
@@ -45,9 +45,9 @@ class Broker:
         self.board.put_off(name)
         await self._notify()
 
-    async def begin(self, group: str) -> bool:
+    async def begin(self, group: str, attempt: str) -> bool:
         """See Board.begin."""
-        may = self.board.begin(group)
+        may = self.board.begin(group, attempt)
         await self._notify()
         return may
 
@@ -68,14 +68,15 @@ class Broker:
             await self._notify()
 
     async def commands(self, group: str, incarnation: str, wait_s: float) -> list[dict[str, Any]]:
-        """What a group must hear; waits until there is something."""
+        """What a group must hear; waits until there is something. Workers whose place others have taken
+        must end: nobody will tell them anything any more."""
         deadline = asyncio.get_running_loop().time() + wait_s
         while self.board.is_current(group, incarnation):
             if taken := self.board.take_commands(group):
                 return taken
             if not await self._changed_before(deadline):
-                break
-        return []
+                return []
+        return [STOP]
 
     async def enlist(self, trials: list[tuple[dict[str, Any], int]]) -> None:
         """See Board.enlist."""

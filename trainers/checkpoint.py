@@ -11,7 +11,7 @@ from trainers.adapters import AdaptedLayer, AdapterSpec, Pack
 from trainers.loop import Run
 from trainers.paths import existing_folder, read_json, replace_folder, temporary_folder, write_json
 
-ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_FILE, MODEL_FILE = "adapter_model.safetensors", "model.safetensors"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -35,10 +35,15 @@ def save_weights(
     pack: Pack, run: Run, folder: Path, *, base_name: str, revision: str | None
 ) -> None:
     """The weights alone, into an existing folder: what PEFT (or transformers) loads."""
-    if run.slot.spec is None:
-        pack.model.save_pretrained(folder)
-        return
     tensors = {name: p.detach().contiguous() for name, p in run.slot.parameters.items()}
+    if run.slot.spec is None:
+        # Not save_pretrained: it writes nothing on a worker that is not rank 0 of its Train run, and such
+        # a worker can be a group of its own.
+        save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
+        pack.model.config.save_pretrained(folder)
+        if pack.model.can_generate() and pack.model.generation_config is not None:
+            pack.model.generation_config.save_pretrained(folder)
+        return
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     lora_config(pack, run.slot.spec, base_name, revision).save_pretrained(str(folder))
     check_adapter_file(folder / ADAPTER_FILE, set(tensors), trained=run.steps > 0)
@@ -71,13 +76,22 @@ def check_adapter_file(path: Path, names: set[str], *, trained: bool) -> None:
 
 
 def load_checkpoint(run: Run, folder: Path) -> bool:
-    """Brings a new run to where its checkpoint was. False: there is none."""
+    """Brings a new run to where its checkpoint was. False: there is none.
+
+    Raises:
+        ValueError: the checkpoint is not of such a run.
+    """
     found = existing_folder(folder)
     if found is None or not (found / STATE_FILE).exists():
         return False
     weights: dict[str, torch.Tensor] = {}
     for path in found.glob("*.safetensors"):
         weights |= load_file(path) if path.name != OPTIMIZER_FILE else {}
+    if missing := sorted(set(run.slot.parameters) - set(weights)):
+        raise ValueError(
+            f"{found}: must hold all {len(run.slot.parameters)} weights of the trial, {len(missing)} are not "
+            f"there (first: {missing[0]}); remove the folder to begin the trial again"
+        )
     with torch.no_grad():
         for name, parameter in run.slot.parameters.items():
             parameter.copy_(weights[name])

@@ -228,13 +228,17 @@ class Station:
         """Puts a trial's adapter into the pack, as it was at its last checkpoint.
 
         Raises:
-            ValueError: a target that the model does not have.
+            ValueError: a target that the model does not have, or a checkpoint of another trial.
         """
         torch.manual_seed(spec.candidate.seed)
         slot = 0 if self.full_finetune else self.pack.enter(self._adapter(spec.candidate))
         run = new_run(self.pack, slot, run_spec(spec))
         paths = TrialPaths(spec.folder)
-        load_checkpoint(run, paths.checkpoint)
+        try:
+            load_checkpoint(run, paths.checkpoint)
+        except ValueError:
+            self.leave(run)
+            raise
         if run.examples >= spec.num_examples:
             run.status = "finished"
         writes = self.comm.world_rank == 0

@@ -100,7 +100,10 @@ class BrokerLink:
 
     def begin(self) -> bool:
         """Says that the group starts; False: it must not."""
-        return bool(ray.get(self.broker.begin.remote(self.group)))
+        # Each start of a Train run has a placement group of its own, and all its workers the same.
+        attempt = ray.get_runtime_context().get_placement_group_id()
+        assert attempt is not None, "a Train worker must live in a placement group"
+        return bool(ray.get(self.broker.begin.remote(self.group, attempt)))
 
     def lose(self, reason: str) -> None:
         """Says that the group cannot serve."""

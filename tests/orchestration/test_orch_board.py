@@ -1,11 +1,13 @@
 """The board between trials and groups: who gets which place, and what everyone is told."""
 
+import asyncio
 import random
 from collections.abc import Callable
 
 import pytest
 
-from orchestration.board import MAX_CRASHES, MAX_STARTS, SHARED_CRASHES, Board
+from orchestration.board import MAX_CRASHES, MAX_STARTS, SHARED_CRASHES, STOP, Board
+from orchestration.broker import Broker
 from trainers.metrics import DIVERGED_LOSS
 
 BASE = {"model": "base", "quantization": "nf4"}
@@ -46,7 +48,7 @@ def board_of(*groups: str, places: int = 2, one_run: bool = False) -> Board:
 
 def ready(board: Board, group: str, incarnation: str = "first") -> None:
     """A group's workers start and have loaded the base."""
-    assert board.begin(group)
+    assert board.begin(group, incarnation)
     board.hello(group, incarnation, {"max_tokens": 512})
 
 
@@ -282,8 +284,8 @@ def test_answer_with_no_group_left_names_each_reason_once():
 
 def test_answer_with_a_group_that_still_loads_is_not_an_error():
     board = Board(num_groups=2)
-    board.begin("g")
-    board.begin("h")
+    board.begin("g", "first")
+    board.begin("h", "first")
     board.lose("g", "OutOfMemoryError")
     board.open(1)
     ask_all(board, "a")
@@ -476,7 +478,7 @@ def test_begin_after_a_death_gives_the_trials_to_others_before_the_base_is_loade
     board.cancel("b")
     told(board, "g")
     told(board, "h")
-    board.begin("g")
+    board.begin("g", "second")
     assert placed(board) == {"g": [], "h": ["d", "a"]}
     assert told(board, "h") == [enter("a")]
     assert waiting(board) == ["c"]
@@ -484,11 +486,22 @@ def test_begin_after_a_death_gives_the_trials_to_others_before_the_base_is_loade
     assert told(board, "g") == [enter("c")]
 
 
+def test_workers_whose_place_others_took_are_told_to_stop():
+    async def heard(incarnation: str) -> list:
+        broker = Broker(1, one_run=False)
+        await broker.begin("g", "second")
+        await broker.hello("g", "second", {})
+        return await broker.commands("g", incarnation, 0.01)
+
+    assert asyncio.run(heard("first")) == [STOP]
+    assert asyncio.run(heard("second")) == []
+
+
 def test_begin_after_a_death_lets_nobody_into_the_group_that_loads():
     board = board_of("g", places=2)
     ask_all(board, "a")
     board.take_commands("g")
-    board.begin("g")
+    board.begin("g", "second")
     ask_all(board, "b")
     assert placed(board) == {"g": []}
     board.hello("g", "second", {})
@@ -500,7 +513,7 @@ def test_is_current_is_true_of_the_living_workers_alone():
     board = board_of("g")
     assert board.is_current("g", "first")
     assert not board.is_current("h", "first")
-    board.begin("g")
+    board.begin("g", "second")
     assert not board.is_current("g", "first")
     board.hello("g", "second", {})
     assert not board.is_current("g", "first")
@@ -558,7 +571,10 @@ def test_trial_that_kills_its_workers_fails_alone_and_the_others_go_on():
 def test_begin_more_often_than_the_limit_gives_the_group_up():
     board = Board(num_groups=1)
     ask_all(board, "a")
-    assert [board.begin("g") for _ in range(MAX_STARTS + 1)] == [*[True] * MAX_STARTS, False]
+    assert [board.begin("g", str(k)) for k in range(MAX_STARTS + 1)] == [
+        *[True] * MAX_STARTS,
+        False,
+    ]
     with pytest.raises(ValueError, match=f"died {MAX_STARTS} times while they loaded the base"):
         board.answer("a", 0)
 
@@ -566,11 +582,11 @@ def test_begin_more_often_than_the_limit_gives_the_group_up():
 def test_begin_counts_the_starts_in_a_row_alone():
     board = Board(num_groups=2)
     for number in range(3):
-        assert all(board.begin("g") for _ in range(MAX_STARTS))
+        assert all(board.begin("g", f"{number} {k}") for k in range(MAX_STARTS))
         board.hello("g", str(number), {})
-    assert board.begin("h")  # another group's starts are its own
-    assert all(board.begin("g") for _ in range(MAX_STARTS))
-    assert not board.begin("g")
+    assert board.begin("h", "first")  # another group's starts are its own
+    assert all(board.begin("g", f"last {k}") for k in range(MAX_STARTS))
+    assert not board.begin("g", "one more")
 
 
 def test_lose_gives_the_trials_to_others_and_keeps_the_first_reason():
@@ -597,12 +613,12 @@ def test_lost_group_gets_no_trial():
 def test_one_run_death_of_a_worker_counts_once_for_every_trial_and_keeps_their_order():
     board = board_of("g", "h", places=2, one_run=True)
     ask_all(board, "a", "b", "c", "d", "e")
-    board.begin("h")
+    board.begin("h", "second")
     assert placed(board) == {"g": [], "h": []}
     assert waiting(board) == ["a", "c", "b", "d", "e"]  # those of g, those of h, who waited
     board.hello("h", "second", {})
     assert placed(board) == {"g": [], "h": ["a", "c"]}
-    board.begin("g")  # of the same death
+    board.begin("g", "second")  # of the same death
     board.hello("g", "second", {})
     assert placed(board) == {"g": ["b", "d"], "h": ["a", "c"]}
     assert [board.entries[name].crashes for name in "abcde"] == [1, 1, 1, 1, 0]
@@ -620,6 +636,19 @@ def test_one_run_group_that_still_loads_does_not_hide_the_next_death_of_the_othe
     assert placed(board) == {"g": ["a"], "h": []}
     board.hear([end_event("a")])
     assert sorted(placed(board).values()) == [[], ["b"]]
+
+
+def test_one_run_group_that_died_while_it_loaded_does_not_bury_the_others_of_the_next_start():
+    board = board_of("g", "h", places=1, one_run=True)
+    ready(board, "g", "second")
+    board.begin("h", "second")  # and dies before it is ready
+    ready(board, "h", "third")
+    assert not board.is_current("g", "second")
+    ready(board, "g", "third")
+    assert board.is_current("h", "third")
+    assert board.is_current("g", "third")
+    ask_all(board, "a", "b")
+    assert placed(board) == {"g": ["a"], "h": ["b"]}
 
 
 def test_one_run_trial_that_kills_its_worker_fails_alone_and_takes_no_other_with_it():
@@ -701,7 +730,9 @@ class Sweep:
         self.kinds = {name: self._kind() for name in self.names}
         self.places = self.rng.randint(1, 4)
         self.board.open(self.places)
-        self.incarnations = 0
+        self.incarnations = self.attempt = 0
+        self.begun: dict[str, int] = {}
+        self.living: dict[str, str] = {}
         self.put_off: set[str] = set()
 
     def _kind(self) -> dict:
@@ -749,20 +780,33 @@ class Sweep:
             self.board.hear([end_event(entry.name, status)])
 
     def _group_starts(self) -> None:
+        """A group's workers start: in one run all do, in any order, until the next death."""
         name = self.rng.choice(self.groups)
-        old = self.board.groups.get(name)
-        if (old and old.lost) or not self.board.begin(name):
+        if self.board.groups.get(name, LOST).lost:
+            return
+        if not self.one_run or self.begun.get(name, 0) == self.attempt:
+            self.attempt += 1
+        self.begun[name] = self.attempt
+        for dead in self.groups if self.one_run else [name]:
+            if self.begun.get(dead) != self.attempt or dead == name:
+                self.living.pop(dead, None)
+        if not self.board.begin(name, str(self.attempt)):
             return
         if self.rng.random() < 0.7:
             self.incarnations += 1
-            self.board.hello(name, str(self.incarnations), {})
+            self.living[name] = str(self.incarnations)
+            self.board.hello(name, self.living[name], {})
 
     def _lose(self) -> None:
-        self.board.lose(self.rng.choice(self.groups), "gone")
+        name = self.rng.choice(self.groups)
+        self.living.pop(name, None)
+        self.board.lose(name, "gone")
 
     def check(self) -> None:
         """What must hold after every event."""
         groups = self.board.groups.values()
+        current = {name: g.incarnation for name, g in self.board.groups.items() if g.incarnation}
+        assert current == self.living
         for group in groups:
             assert len(group.trials) <= self.places
             assert not (group.lost and group.trials)
@@ -828,6 +872,7 @@ def test_board_any_sweep_ends_when_its_groups_stay_alive(block):
         if not living:
             continue
         for name in living:
+            board.begin(name, "last")
             board.hello(name, f"last of {name}", {})
         for name in sweep.names:
             board.ask(trial(name, **sweep.kinds[name]), 0)

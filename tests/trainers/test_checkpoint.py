@@ -48,6 +48,17 @@ def test_checkpoint_weights_and_moments_survive_another_max_rank(beside, later, 
     assert int(row.count_nonzero()) <= num_weights
 
 
+def test_checkpoint_without_its_weights_is_an_error_that_says_so_and_changes_nothing(tmp_path):
+    bench = bench_of("e")
+    saved(bench, "e", tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "adapter_model.safetensors").unlink()
+    run = bench_of("e").runs["e"]
+    before = {name: weights.clone() for name, weights in run.slot.parameters.items()}
+    with pytest.raises(ValueError, match=r"checkpoint: must hold all \d+ weights of the trial"):
+        load_checkpoint(run, tmp_path / "checkpoint")
+    assert all(torch.equal(run.slot.parameters[name], before[name]) for name in before)
+
+
 @pytest.mark.parametrize(("beside", "later"), [((), ("d",)), (("d",), ())])
 def test_checkpoint_run_going_on_in_another_pack_loses_what_it_loses_alone(beside, later, tmp_path):
     expected = alone(tiny_model(), "e").train

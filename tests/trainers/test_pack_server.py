@@ -252,6 +252,30 @@ def test_server_target_that_the_model_does_not_have_fails_that_trial_alone(
     assert_close(link.rows(good), alone(good))
 
 
+@pytest.mark.parametrize("full_finetune", [False, True])
+def test_server_trial_whose_checkpoint_lacks_its_weights_fails_alone_and_leaves_no_slot(
+    make, full_finetune
+):
+    changes = {"full_finetune": True, "lora_rank": 0, "dropout": 0.0} if full_finetune else {}
+    broken, good = make("broken", **changes), make("good")
+    state = TrialPaths(broken.folder).checkpoint / "trainer_state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text("{}")
+    slots = []
+
+    def seen() -> bool:
+        slots.append(list(server.station.pack.slots))
+        return True
+
+    link = FakeLink([enter(broken)], [enter(good)], (seen, []))
+    server = PackServer(link, Comm(), Station)
+    server.serve()
+    assert link.end(broken)["status"] == "failed"
+    assert "checkpoint: must hold all" in link.end(broken)["reason"]
+    assert link.end(good)["status"] == "finished"
+    assert slots == [[0]]  # of the good one
+
+
 def test_server_whose_first_trial_fails_serves_the_next(make, fp32):
     bad = make("bad", base=replace(fp32, model="/absent"))
     good = make("good")

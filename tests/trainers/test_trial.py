@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from transformers import PreTrainedModel
 
 from tests.trainers.trials import BASE, CANDIDATE, ROOT, numbers, trial
 from trainers.base_model import BaseSpec, load_base, nf4_layer_names, true_num_params
@@ -115,7 +116,14 @@ def test_trial_diverging_ends_with_a_reason_and_keeps_its_rows(data_file, tmp_pa
     assert result.best is None
 
 
-def test_trial_full_fine_tuning_saves_a_model_that_transformers_loads(data_file, tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_trial_full_fine_tuning_saves_a_model_that_transformers_loads(
+    data_file, tmp_path, monkeypatch, rank
+):
+    # A group may be any rank of its Train run, on all but the first of which save_pretrained saves nothing.
+    monkeypatch.setattr(
+        PreTrainedModel, "should_save_on_this_rank", lambda model, is_main: is_main and rank == 0
+    )
     candidate = replace(CANDIDATE, full_finetune=True, lora_rank=0, learning_rate=1e-3, dropout=0.0)
     spec = trial(data_file, tmp_path / "t", candidate=candidate)
     result = train_trial(spec, lambda row: True)
@@ -124,6 +132,8 @@ def test_trial_full_fine_tuning_saves_a_model_that_transformers_loads(data_file,
     base = load_base(spec.base)
     change = (loaded.model.embed_tokens.weight - base.model.embed_tokens.weight).abs().max()
     assert change > 1e-3
+    assert loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
+    assert loaded.generation_config.to_dict() == base.generation_config.to_dict()
     assert result.best["eval_loss"] < result.rows[0]["eval_loss"] - 0.5
 
 
