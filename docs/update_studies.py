@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,33 +78,46 @@ def section() -> str:
 
 
 def ratio_table(found: list[dict[str, Any]]) -> str:
-    """The measured ratios of all lr-ratio studies beside each other."""
+    """The measured ratios of all lr-ratio studies beside each other, and how often each law holds."""
+    root = f"{doctrine.LR_RATIO_ROOT.value} sqrt(hidden / alpha)"
     rows = [
-        "| hidden | parameters | LoRA arm | best LR over FullFT's (95%) | 10 | hidden / (2 alpha) | "
-        f"{doctrine.LR_RATIO_ROOT.value} sqrt(hidden / alpha) |",
+        f"| hidden | parameters | LoRA arm | best LR over FullFT's (95%) | 10 | hidden / (2 alpha) | {root} |",
         "| --: | --: | --- | --: | --- | --- | --- |",
     ]
+    inside: dict[str, list[bool]] = {"10": [], "hidden / (2 alpha)": [], root: []}
+    for model, arm, measured, laws in ratios(found):
+        held = [measured["low"] <= law <= measured["high"] for law in laws]
+        for name, holds in zip(inside, held, strict=True):
+            inside[name].append(holds)
+        cells = [
+            f"{law:.2g}: {'inside' if h else 'outside'}" for law, h in zip(laws, held, strict=True)
+        ]
+        rows.append(
+            f"| {model['hidden_size']} | {model['num_params'] / 1e6:.1f}M | {arm} | {measured['measured']:.3g} "
+            f"({measured['low']:.3g} to {measured['high']:.3g}) | {' | '.join(cells)} |"
+        )
+    counts = [f"{name} lies in {sum(held)}" for name, held in inside.items()]
+    said = (
+        f"Of {len(rows) - 2} measured intervals, {', '.join(counts)}. The last law is Tenfold's own: read off "
+        "hidden 192, 256 and 1024, and written down before hidden 512 was measured."
+    )
+    return "\n".join([said, "", *rows])
+
+
+def ratios(
+    found: list[dict[str, Any]],
+) -> Iterator[tuple[dict[str, Any], str, dict[str, Any], list[float]]]:
+    """(model, arm's label, a claim with the measured ratio, what the laws say) of every measured ratio."""
     studies = [each for each in found if each["kind"] == "lr-ratio"]
     for results in sorted(studies, key=lambda each: each["model"]["hidden_size"]):
-        model, claims = results["model"], results["claims"]
-        for arm in dict.fromkeys(claim["arm"] for claim in claims):
-            ten, rival = (c for c in claims if c["arm"] == arm and "short" not in c["name"])
-            ratio, root = "none", root_of(results, arm)
-            held = "-"
-            if ten["measured"] is not None:
-                ratio = f"{ten['measured']:.3g} ({ten['low']:.3g} to {ten['high']:.3g})"
-                held = "inside" if ten["low"] <= root <= ten["high"] else "outside"
-            rows.append(
-                f"| {model['hidden_size']} | {model['num_params'] / 1e6:.1f}M | {arm} | {ratio} | "
-                f"{ten['status']} | {rival['predicted']:g}: {rival['status']} | {root:.2g}: {held} |"
-            )
-    return "\n".join(rows)
-
-
-def root_of(results: dict[str, Any], label: str) -> float:
-    """What the law of Tenfold's own studies says of an arm; it is no part of a study's verdict."""
-    alpha = next(arm["lora_alpha"] for arm in results["arms"] if arm["label"] == label)
-    return doctrine.root_lr_ratio(results["model"]["hidden_size"], alpha)
+        alphas = {arm["label"]: arm["lora_alpha"] for arm in results["arms"]}
+        hidden = results["model"]["hidden_size"]
+        for label in dict.fromkeys(claim["arm"] for claim in results["claims"]):
+            claims = [claim for claim in results["claims"] if claim["arm"] == label]
+            if claims[0]["measured"] is not None:
+                told = [c["predicted"] for c in claims if "short" not in c["name"]]
+                root = doctrine.root_lr_ratio(hidden, alphas[label])
+                yield results["model"], label, claims[0], [*told, root]
 
 
 def main() -> None:
