@@ -41,7 +41,7 @@ def render(results: dict[str, Any]) -> str:
         tiles(_numbers(results)),
         charts(cards(results)),
         _arms(results["arms"]),
-        _claims(results["claims"]),
+        _claims(results["kind"], results["claims"]),
         *(_table(each) for each in results["tables"]),
         _runs(results["arms"]),
         _limits(results["limits"]),
@@ -164,7 +164,11 @@ def _arm_cells(arm: dict[str, Any]) -> list[str]:
     return [arm["label"], f"{arm['trained_params']:,}", *settled, seeds, *ended]
 
 
-def _claims(claims: Sequence[dict[str, Any]]) -> str:
+INTERVAL = {"capacity": "least and most of the seeds", "compute": "least and most of the repeats"}
+"""What a claim's interval is, by kind of study; of the others it is one of 95%."""
+
+
+def _claims(kind: str, claims: Sequence[dict[str, Any]]) -> str:
     if not claims:
         return ""
     headers = [
@@ -172,7 +176,7 @@ def _claims(claims: Sequence[dict[str, Any]]) -> str:
         ("arm", False),
         ("predicted", True),
         ("measured", True),
-        ("95% interval", True),
+        (INTERVAL.get(kind, "95% interval"), True),
         ("verdict", False),
         ("why", False),
     ]

@@ -82,14 +82,15 @@ class Peak:
     """The most that an adapter stored for each parameter, over loads.
 
     Attributes:
-        load, stored, low, high: of the load that stored most; mean, least and most of its seeds.
+        load, stored, low, high: of the load that stored most; mean, least and most of its seeds. None of
+            the last two where there is one seed.
         rising: why the adapter may hold more than that; None where the curve has levelled off.
     """
 
     load: float
     stored: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     rising: str | None
 
 
@@ -110,8 +111,8 @@ def peak_of(points: Sequence[LoadPoint]) -> Peak:
     return Peak(
         load=best.load,
         stored=best.mean,
-        low=min(best.stored),
-        high=max(best.stored),
+        low=min(best.stored) if len(best.stored) > 1 else None,
+        high=max(best.stored) if len(best.stored) > 1 else None,
         rising=_rising(curve),
     )
 

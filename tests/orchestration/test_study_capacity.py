@@ -267,3 +267,4 @@ def test_findings_draw_each_rank_under_what_there_is_and_the_rule():
     claims = found["claims"]
     assert [(c["arm"], c["predicted"]) for c in claims] == [("r1", 2.0), ("r2", 2.0)]
     assert claims[0]["measured"] == pytest.approx(0.52)
+    assert (claims[0]["low"], claims[0]["high"]) == (None, None)  # one seed has no range

@@ -57,6 +57,15 @@ def test_study_report_is_one_file_with_the_script_of_the_charts_once(write):
     assert text.count('class="plotly-graph-div"') == 2
 
 
+def test_study_report_calls_a_range_of_seeds_no_interval(write):
+    claim = {"name": "2 bits/parameter", "arm": "r1", "predicted": 2.0, "measured": 0.5, "low": 0.4}
+    claim |= {"high": 0.6, "status": "undecided", "sentence": "half a bit"}
+    text = words(write(capacity() | {"claims": [claim]}))
+    assert "least and most of the seeds" in text
+    assert "95% interval" not in text
+    assert "95% interval" in words(write(lr_ratio()))
+
+
 def test_study_report_of_settled_arms_shows_verdict_intervals_and_claims(write):
     text = words(write(lr_ratio()))
     for part in (
