@@ -58,7 +58,7 @@ LR_RATIO_ROOT = Rule(
     value=1.4,
     source="docs/studies",
     evidence="1.4 sqrt(hidden / alpha): read off three widths, then written down before a fourth, where it held; "
-    "it leaves the shipped base out, and no plan or verdict uses it",
+    "at hidden 192 the factor is 1.05; no plan or verdict uses it",
 )
 STUDY_LEAST = Rule(
     key="study_least", value=(300, 3), source=STUDY_DOCTRINE, evidence="optimizer steps and seeds"
