@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import yaml
 
+from trainers.paths import read_json_lines
+
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "trainers" / "assets" / "tiny-llama"
 FUNCTIONS = ROOT / "trainers" / "assets" / "demo" / "functions.jsonl"
@@ -83,8 +85,8 @@ def statuses(run: Path) -> dict[str, dict]:
 
 
 def rows(trial: Path) -> list[dict]:
-    """The metrics rows of a trial."""
-    return [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
+    """The metrics rows of a trial, which may have none yet."""
+    return read_json_lines(trial / "metrics.jsonl")
 
 
 def losses(run: Path) -> dict[str, list[tuple[int, float]]]:
