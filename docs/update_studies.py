@@ -84,11 +84,10 @@ def ratio_table(found: list[dict[str, Any]]) -> str:
         f"| hidden | parameters | LoRA arm | best LR over FullFT's (95%) | 10 | hidden / (2 alpha) | {root} |",
         "| --: | --: | --- | --: | --- | --- | --- |",
     ]
-    inside: dict[str, list[bool]] = {"10": [], "hidden / (2 alpha)": [], root: []}
+    all_held = []
     for model, arm, measured, laws in ratios(found):
         held = [measured["low"] <= law <= measured["high"] for law in laws]
-        for name, holds in zip(inside, held, strict=True):
-            inside[name].append(holds)
+        all_held.append(held)
         cells = [
             f"{law:.2g}: {'inside' if h else 'outside'}" for law, h in zip(laws, held, strict=True)
         ]
@@ -96,9 +95,12 @@ def ratio_table(found: list[dict[str, Any]]) -> str:
             f"| {model['hidden_size']} | {model['num_params'] / 1e6:.1f}M | {arm} | {measured['measured']:.3g} "
             f"({measured['low']:.3g} to {measured['high']:.3g}) | {' | '.join(cells)} |"
         )
-    counts = [f"{name} lies in {sum(held)}" for name, held in inside.items()]
+    names = ("10", "hidden / (2 alpha)", root)
+    counts = [
+        f"{name} lies in {sum(held[law] for held in all_held)}" for law, name in enumerate(names)
+    ]
     said = (
-        f"Of {len(rows) - 2} measured intervals, {', '.join(counts)}. The last law is Tenfold's own: read off "
+        f"Of {len(all_held)} measured intervals, {', '.join(counts)}. The last law is Tenfold's own: read off "
         "hidden 192, 256 and 1024, and written down before hidden 512 was measured."
     )
     return "\n".join([said, "", *rows])

@@ -158,7 +158,7 @@ class Board:
                 any order, and some die before they say it.
         """
         self.attempts[group] = attempt
-        for name in list(reversed(self.groups)) if self.one_run else [group]:
+        for name in reversed(self.groups) if self.one_run else [group]:
             self._bury(name, attempt)
         self._assign()
         self.starts[group] = self.starts.get(group, 0) + 1

@@ -1,7 +1,6 @@
 """`tenfold sweep` and `tenfold resume` from config to report: check everything, then start Ray, train,
 and write results."""
 
-import fcntl
 import importlib.metadata
 import platform
 import shutil
@@ -23,6 +22,7 @@ from orchestration.progress import Progress
 from orchestration.results_table import show_results
 from orchestration.show import cut_ranks
 from trainers.paths import RunPaths, read_json, write_json, write_text
+from trainers.run_lock import take_lock
 
 if TYPE_CHECKING:
     from trainers.base_loss import BaseLoss
@@ -166,10 +166,8 @@ def driving(run: RunPaths) -> Iterator[None]:
     """Two drivers of one run would train every trial twice into the same files."""
     run.root.mkdir(parents=True, exist_ok=True)
     with run.lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{run.root}: this run is being driven by another process") from error
+        if not take_lock(file):
+            raise ValueError(f"{run.root}: this run is being driven by another process")
         yield
 
 

@@ -35,24 +35,29 @@ def claim_folders(run: RunPaths, on_wait: Callable[[], None], wait_s: float = WA
         ValueError: such workers are still there after wait_s.
     """
     run.trials.mkdir(parents=True, exist_ok=True)
-    deadline, has_told = time.monotonic() + wait_s, False
     with run.workers.open("a") as file:
-        while not _taken(file):
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"{run.root}: the workers of an earlier driver must have ended, some still hold "
-                    f"{run.workers.name} after {wait_s:g} s; end them (ray stop, or their processes "
-                    "ray::RayTrainWorker) and try again"
-                )
-            if not has_told:
-                on_wait()
-                has_told = True
-            time.sleep(POLL_S)
+        if not take_lock(file):
+            on_wait()
+            _wait_for_lock(file, run, wait_s)
         for folder in (run.root, *run.trials.iterdir()):
             remove_leftovers(folder)
 
 
-def _taken(file: IO[str]) -> bool:
+def _wait_for_lock(file: IO[str], run: RunPaths, wait_s: float) -> None:
+    deadline = time.monotonic() + wait_s
+    while not take_lock(file):
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{run.root}: the workers of an earlier driver must have ended, some still hold "
+                f"{run.workers.name} after {wait_s:g} s; end them (ray stop, or their processes "
+                "ray::RayTrainWorker) and try again"
+            )
+        time.sleep(POLL_S)
+
+
+def take_lock(file: IO[str]) -> bool:
+    """Takes the lock of an open file for this process alone, until the file is closed. False: another
+    process holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

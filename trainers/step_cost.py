@@ -255,15 +255,13 @@ class StepBench:
 Shape = Sequence[int]
 
 
-ATTENTION_OPS = tuple(
-    f"_scaled_dot_product_{kind}"
-    for kind in (
-        "flash_attention_for_cpu",
-        "flash_attention",
-        "efficient_attention",
-        "cudnn_attention",
-    )
+ATTENTION_OPS = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
 )
+"""Each has a twin that ends in _backward."""
 
 
 def op_formulas() -> dict[Any, Callable[..., int]]:
