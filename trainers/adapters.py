@@ -23,6 +23,7 @@ from trainers.lowrank import (
     Segments,
     make_segments,
 )
+from trainers.sharding import Sharding, is_sharded
 from trainers.store import EXP_AVG, EXP_AVG_SQ, GRAD, WEIGHT, AdapterStore
 
 
@@ -133,10 +134,12 @@ class Slot:
 
 
 class Pack:
-    """A base with its slots. `model(...)` computes what `ctx.segments` says."""
+    """A base with its slots. `model(...)` computes what `ctx.segments` says. Of a sharded base (sharding.py)
+    every worker of the group makes its pack, and all of them run the same forwards."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.ctx = model, PackContext()
+        self.sharding = Sharding(model) if is_sharded(model) else None
         self.device = model.device
         self.slots: dict[int, Slot] = {}
         self.layers: dict[str, AdaptedLayer] = {}
@@ -201,6 +204,8 @@ class Pack:
 
     def eject(self) -> None:
         """Takes the adapters off again; the base is what it was."""
+        if self.sharding is not None:
+            self.sharding.close()
         for name, layer in self.layers.items():
             self.model.set_submodule(name, layer.base)
         self.slots.clear()

@@ -1,6 +1,7 @@
 """The frozen base of a sweep: fp32, bf16 or NF4 (bitsandbytes, double quantization), on CPU or GPU."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from trainers.adapters import PLAIN_LINEARS
+from trainers.base_fetch import base_folder
 from trainers.base_spec import BaseSpec
+from trainers.gradient_checkpointing import recompute_layers
 from trainers.speed import cpu_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -50,25 +53,36 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_base(spec: BaseSpec, device: torch.device | None = None) -> PreTrainedModel:
     """The model on its device, frozen and in eval mode (a base's own dropout stays off).
 
+    Sharded, this must be called on all workers of a group: each gets its part of every weight.
+
     Raises:
-        ValueError: the folder holds no loadable model, or NF4 reached no layer.
+        ValueError: the folder holds no loadable model, NF4 reached no layer, or a model that cannot be
+            sharded.
     """
     transformers_logging.disable_progress_bar()
     device = device or pick_device()
     dtype = resolve_dtype(spec.dtype, device)
-    quantization = _nf4_config(dtype) if spec.quantization == "nf4" else None
+    spec = replace(spec, model=base_folder(spec.model, spec.revision))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            spec.model,
-            revision=spec.revision or "main",
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=quantization,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        model = _load_sharded(spec, dtype, device) if spec.sharded else _load(spec, dtype, device)
     except OSError as error:
         raise ValueError(f"model {spec.model!r} cannot be loaded: {_first_line(error)}") from error
+    if spec.gradient_checkpointing or spec.sharded:
+        recompute_layers(model)
+    return model
+
+
+def _load(spec: BaseSpec, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A base that one worker holds whole."""
+    model = AutoModelForCausalLM.from_pretrained(
+        spec.model,
+        revision=spec.revision or "main",
+        dtype=dtype,
+        device_map={"": device},
+        quantization_config=_nf4_config(dtype) if spec.quantization == "nf4" else None,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
     model.requires_grad_(False)
     model.eval()
     if spec.quantization == "nf4" and not nf4_layer_names(model):
@@ -82,7 +96,25 @@ def load_base(spec: BaseSpec, device: torch.device | None = None) -> PreTrainedM
     return model
 
 
-def _require_gradients(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def _load_sharded(spec: BaseSpec, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A base of which every worker holds its part. What is sharded must be of one dtype, so NF4's bytes
+    are stored as numbers of the compute type."""
+    from trainers.sharded_loading import load_sharded
+    from trainers.sharding import prepare_deepspeed
+
+    prepare_deepspeed(device)
+    nf4 = spec.quantization == "nf4"
+    return load_sharded(
+        spec.model,
+        spec.revision,
+        dtype=dtype,
+        device=device,
+        quantization=_nf4_config(dtype, storage=dtype) if nf4 else None,
+        check=lambda part: _require_gradients(part, dtype) if nf4 else None,
+    )
+
+
+def _require_gradients(model: nn.Module, dtype: torch.dtype) -> None:
     """Makes sure that a forward without gradients does not end the gradients of those after it.
 
     On a CPU with AVX512-BF16, bitsandbytes (seen in 0.50) packs a 4-bit weight anew at its first forward
@@ -93,6 +125,8 @@ def _require_gradients(model: PreTrainedModel, dtype: torch.dtype) -> None:
         ValueError: it still does so.
     """
     layers: list[Any] = [model.get_submodule(name) for name in nf4_layer_names(model)]
+    if not layers:
+        raise ValueError("quantization nf4 reached no layer; set quantization: none")
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
     x = torch.ones(1, layers[0].in_features, dtype=dtype, device=layers[0].weight.device)
@@ -135,12 +169,13 @@ def device_name(device: torch.device) -> str:
     return f"{cpu_name()}, {torch.get_num_threads()} thread(s)"
 
 
-def _nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+def _nf4_config(dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
     )
 
 
@@ -162,9 +197,10 @@ def nf4_layer_names(model: nn.Module) -> list[str]:
 
 def true_num_params(model: nn.Module) -> int:
     """Parameters of the model as its architecture has them: a 4-bit tensor packs two weights in one
-    byte, so its numel is half the count; a tied head counts once."""
+    byte, so its numel is half the count; a sharded one is empty; a tied head counts once."""
     seen: dict[int, int] = {}
     for parameter in model.parameters():
-        shape = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
+        present = getattr(parameter, "ds_shape", parameter.shape)
+        shape = getattr(getattr(parameter, "quant_state", None), "shape", present)
         seen[id(parameter)] = math.prod(shape)
     return sum(seen.values())

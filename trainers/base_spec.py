@@ -18,6 +18,8 @@ class BaseSpec:
             unquantized. "auto" is bf16 where the device has it, else fp32.
         keep_dequantized: hold the NF4 weights dequantized: the same numbers, more memory, and no
             repeated work. Only where the memory plan has room.
+        sharded: each worker of a group holds its part of the weights (ZeRO-3), none of them all.
+        gradient_checkpointing: layers are computed again in the backward pass; always so where sharded.
     """
 
     model: str
@@ -25,3 +27,5 @@ class BaseSpec:
     quantization: Quantization = "nf4"
     dtype: str = "auto"
     keep_dequantized: bool = False
+    sharded: bool = False
+    gradient_checkpointing: bool = False

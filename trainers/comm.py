@@ -7,6 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+FLAT_BYTES = 16 << 20
+"""Gradients up to here are summed in a flat copy."""
+
 
 class Comm:
     """Collectives over the workers of this trial; alone, every sum is the value itself."""
@@ -23,9 +26,14 @@ class Comm:
         return tensor
 
     def sum_gradients(self, gradients: Sequence[torch.Tensor], nats: torch.Tensor) -> torch.Tensor:
-        """Sums the gradients in place and returns the summed nats: one collective for both."""
+        """Sums the gradients in place and returns the summed nats: one collective for all of a small
+        adapter, whose copy costs less than another round; a large one's gradients where they are."""
         if self.world_size == 1:
             return nats
+        if sum(g.numel() * g.element_size() for g in gradients) > FLAT_BYTES:
+            for gradient in gradients:
+                dist.all_reduce(gradient)
+            return self.sum(nats.double())
         flat = torch.cat(
             [*(g.reshape(-1) for g in gradients), nats.reshape(1).to(gradients[0].dtype)]
         )

@@ -8,6 +8,7 @@ Shape legend: n segments, B rows, T positions, H hidden, V vocabulary, M loss-be
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -51,8 +52,29 @@ class LossHead:
         self.pack.activate(slots, dropout)
         hidden = self._hidden(batch)
         nats_n = torch.zeros(len(scale_n), dtype=torch.float64, device=hidden.device)
+        with head_weights(self.pack):
+            selected, grad = self._through_head(batch, hidden, nats_n, slots, scale_n, dropout)
+        if selected.requires_grad:
+            self.pack.activate(slots, dropout)  # layers may be computed again
+            selected.backward(grad)
+        if self.pack.sharding is not None:
+            self.pack.sharding.end_backward()
+        return nats_n
+
+    def _through_head(
+        self,
+        batch: Batch,
+        hidden: torch.Tensor,
+        nats_n: torch.Tensor,
+        slots: tuple[int, ...],
+        scale_n: list[float],
+        dropout: DropoutTokens | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss-bearing hidden states with their gradients; adds the nats of each segment."""
         if batch.loss is None:
-            return nats_n
+            # With nothing to learn the backward pass still has to run where others wait for it.
+            rows = hidden.flatten(0, 1)[:1] if self.pack.sharding else hidden.detach()[:0]
+            return rows, torch.zeros_like(rows)
         selected = hidden.flatten(0, 1)[batch.loss.index_M]
         grad = torch.empty_like(selected)
         for chunk in self._chunks(batch.loss):
@@ -66,9 +88,7 @@ class LossHead:
             grad[chunk.where] = part.grad
             where = torch.tensor(chunk.segments, device=nats_n.device)
             nats_n.index_add_(0, where, nats_b.detach().double())
-        if selected.requires_grad:
-            selected.backward(grad)
-        return nats_n
+        return selected, grad
 
     @torch.no_grad()
     def eval_nats(self, batch: Batch, slot: int | None) -> torch.Tensor:
@@ -77,13 +97,14 @@ class LossHead:
         self.pack.activate(slots)
         hidden = self._hidden(batch)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        if batch.loss is None:
-            return total
-        flat = hidden.flatten(0, 1)
-        for chunk in self._chunks(batch.loss):
-            self._activate(slots, chunk, None)
-            part = flat[batch.loss.index_M[chunk.where]]
-            total += self._block_nats(part, batch.loss.targets_M[chunk.where], chunk).double().sum()
+        flat, loss = hidden.flatten(0, 1), batch.loss
+        with head_weights(self.pack):
+            if loss is None:
+                return total
+            for chunk in self._chunks(loss):
+                self._activate(slots, chunk, None)
+                part = flat[loss.index_M[chunk.where]]
+                total += self._block_nats(part, loss.targets_M[chunk.where], chunk).double().sum()
         return total
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
@@ -113,6 +134,11 @@ class LossHead:
         return nats.view(len(chunk.segments), -1).sum(1)
 
 
+def head_weights(pack: Pack) -> AbstractContextManager[None]:
+    """The head's weights are there within; of a sharded base all workers must come along."""
+    return nullcontext() if pack.sharding is None else pack.sharding.head()
+
+
 def output_head(model: PreTrainedModel) -> torch.nn.Module:
     """The model's head (adapted or not); `.weight` is [V, H]."""
     head = model.get_output_embeddings()
@@ -123,7 +149,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     """Rows of the head."""
     weight = output_head(model).weight
     assert isinstance(weight, torch.Tensor)
-    return weight.shape[0]
+    return getattr(weight, "ds_shape", weight.shape)[0]  # a sharded one is empty
 
 
 Scaling = Callable[[torch.Tensor], torch.Tensor]
@@ -142,6 +168,22 @@ def logit_scaling(model: PreTrainedModel) -> Scaling:
     return lambda logits: logits
 
 
+@contextmanager
+def _gathered_when_called(pack: Pack) -> Iterator[None]:
+    """A sharded head gathers its weights at every call: in the model's own forward the decoder comes
+    first, and would let go of a tied head's."""
+    head, open_gathers = output_head(pack.model), ExitStack()
+    before = head.register_forward_pre_hook(
+        lambda *_: open_gathers.enter_context(head_weights(pack))
+    )
+    after = head.register_forward_hook(lambda *_: open_gathers.close())
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
 @torch.no_grad()
 def check_head(pack: Pack) -> None:
     """Compares decoder and head, run apart, with the model's own forward on a few tokens.
@@ -151,9 +193,10 @@ def check_head(pack: Pack) -> None:
     """
     pack.activate(())
     ids = torch.arange(1, 5, device=pack.device)[None]
-    expected = pack.model(input_ids=ids, use_cache=False).logits
     hidden = pack.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    got = logit_scaling(pack.model)(output_head(pack.model)(hidden))
+    with _gathered_when_called(pack):
+        expected = pack.model(input_ids=ids, use_cache=False).logits
+        got = logit_scaling(pack.model)(output_head(pack.model)(hidden))
     if not bool(torch.isfinite(expected).all()):
         raise ValueError(
             f"{type(pack.model).__name__}: its logits must be finite, they are not in"

@@ -1,0 +1,91 @@
+"""A base that no worker holds whole: two workers over gloo against one that holds it all."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.trainers.packs import NAMES, RUNS, Bench
+from tests.trainers.tiny import TINY_LLAMA, random_rows
+from trainers.base_model import load_base
+from trainers.base_spec import BaseSpec
+from trainers.comm import Comm
+from trainers.paths import read_json, write_json
+from trainers.sharding import Sharding
+
+STEPS = 5
+SEVERAL = 3 * 24
+"""Tokens of a forward: a few adapters' rows at once."""
+
+
+def save_tiny(folder: Path, **changes: Any) -> str:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**(TINY_LLAMA | {"num_hidden_layers": 3} | changes)))
+    model.save_pretrained(folder, max_shard_size="100KB")
+    return str(folder)
+
+
+def trained(spec: BaseSpec, comm: Comm | None = None) -> dict[str, list[float]]:
+    """The losses of a pack of five adapters: mixed ranks, targets, batches and dropouts."""
+    bench = Bench(load_base(spec), random_rows(40), max_tokens=SEVERAL, comm=comm)
+    for name in NAMES:
+        size = RUNS[name].global_batch_size
+        bench.enter(name, replace(RUNS[name], num_examples=STEPS * size))
+    bench.train()
+    return {name: [*one.train, *one.held_out] for name, one in bench.losses.items()}
+
+
+def facts(spec: BaseSpec) -> dict[str, Any]:
+    """What a worker holds of a sharded base."""
+    model = load_base(spec)
+    sharding = Sharding(model)
+    parameters: list[Any] = list(model.parameters())
+    return {
+        "dtypes": sorted({str(p.dtype) for p in parameters}),
+        "whole": sum(p.numel() for p in parameters),
+        "held": sharding.held_bytes(),
+        "all": sum(p.ds_numel * p.element_size() for p in parameters),
+    }
+
+
+def _work(rank: int, folder: str, specs: list[BaseSpec]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    for number, spec in enumerate(specs):
+        found = {"losses": trained(spec, Comm()), "facts": facts(spec)}
+        write_json(Path(folder) / f"{number}-{rank}.json", found)
+    dist.destroy_process_group()
+
+
+def on_two_workers(folder: Path, *specs: BaseSpec) -> list[list[dict[str, Any]]]:
+    """What each of two workers found, for each spec."""
+    mp.spawn(_work, args=(str(folder), list(specs)), nprocs=2)
+    return [
+        [read_json(folder / f"{number}-{rank}.json") for rank in (0, 1)]
+        for number in range(len(specs))
+    ]
+
+
+@pytest.mark.slow
+def test_sharded_pack_follows_the_losses_of_a_worker_that_holds_it_all(tmp_path):
+    untied = save_tiny(tmp_path / "untied")
+    tied = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
+    specs = [
+        BaseSpec(model=untied, quantization="nf4", dtype="fp32", sharded=True),
+        BaseSpec(model=tied, quantization="nf4", dtype="fp32", sharded=True),
+        BaseSpec(model=untied, quantization="none", dtype="fp64", sharded=True),
+    ]
+    for spec, (first, second) in zip(specs, on_two_workers(tmp_path, *specs), strict=True):
+        assert first["losses"] == second["losses"]
+        tolerance = 1e-7 if spec.dtype == "fp64" else 1e-4  # norms are in fp32
+        for name, losses in trained(replace(spec, sharded=False)).items():
+            assert first["losses"][name] == pytest.approx(losses, abs=tolerance)
+        # One dtype (field case D02), nothing whole, half of everything but for padding.
+        assert len(first["facts"]["dtypes"]) == 1
+        assert first["facts"]["whole"] == 0
+        assert first["facts"]["held"] == pytest.approx(first["facts"]["all"] / 2, rel=0.01)
