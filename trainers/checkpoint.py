@@ -1,6 +1,7 @@
 """Checkpoints: a PEFT adapter folder (or a transformers model folder), and the trainer's state beside it."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -8,33 +9,61 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from trainers.adapters import AdaptedLayer, AdapterSpec, Pack
+from trainers.gate import (
+    ADAPTER_FILE,
+    MODEL_FILE,
+    GateError,
+    check_saved,
+    check_shapes,
+    modules_ending_in,
+)
 from trainers.loop import Run
 from trainers.paths import existing_folder, read_json, replace_folder, temporary_folder, write_json
 
-ADAPTER_FILE, MODEL_FILE = "adapter_model.safetensors", "model.safetensors"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PROBE_LOSS = "probe_loss"
+AGAIN = "remove the folder to begin the trial again"
 
 
 def save_checkpoint(
-    pack: Pack, run: Run, folder: Path, *, base_name: str, revision: str | None
+    pack: Pack,
+    run: Run,
+    folder: Path,
+    *,
+    base_name: str,
+    revision: str | None,
+    probe_loss: float | None = None,
 ) -> None:
     """Writes weights and everything a restart needs; the folder appears whole or not at all.
 
+    Args:
+        probe_loss: nats/token of the run on its probe batch (gate.py), which a restart must find again.
+
     Raises:
-        RuntimeError: what was written is not what was trained (empty or missing tensors).
+        GateError: what was written is not what was trained; the previous checkpoint stays.
     """
     temporary = temporary_folder(folder)
-    save_weights(pack, run, temporary, base_name=base_name, revision=revision)
-    save_file(_optimizer_tensors(run), temporary / OPTIMIZER_FILE)
-    write_json(temporary / STATE_FILE, run.counters)
+    try:
+        save_weights(pack, run, temporary, base_name=base_name, revision=revision)
+        moments = {name: tensor.detach().contiguous() for name, tensor in _moments(run).items()}
+        save_file(moments, temporary / OPTIMIZER_FILE)
+        check_shapes(temporary / OPTIMIZER_FILE, _shapes(moments), "2 for each weight")
+    except GateError:
+        shutil.rmtree(temporary)
+        raise
+    write_json(temporary / STATE_FILE, run.counters | {PROBE_LOSS: probe_loss})
     replace_folder(temporary, folder)
 
 
 def save_weights(
     pack: Pack, run: Run, folder: Path, *, base_name: str, revision: str | None
 ) -> None:
-    """The weights alone, into an existing folder: what PEFT (or transformers) loads."""
+    """The weights alone, into an existing folder: what PEFT (or transformers) loads.
+
+    Raises:
+        GateError: what was written is not what was trained.
+    """
     tensors = {name: p.detach().contiguous() for name, p in run.slot.parameters.items()}
     if run.slot.spec is None:
         # Not save_pretrained: it writes nothing on a worker that is not rank 0 of its Train run, and such
@@ -43,10 +72,10 @@ def save_weights(
         pack.model.config.save_pretrained(folder)
         if pack.model.can_generate() and pack.model.generation_config is not None:
             pack.model.generation_config.save_pretrained(folder)
-        return
-    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
-    lora_config(pack, run.slot.spec, base_name, revision).save_pretrained(str(folder))
-    check_adapter_file(folder / ADAPTER_FILE, set(tensors), trained=run.steps > 0)
+    else:
+        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+        lora_config(pack, run.slot.spec, base_name, revision).save_pretrained(str(folder))
+    check_saved(folder, pack, run)
 
 
 def copy_weights(checkpoint: Path, folder: Path) -> None:
@@ -58,47 +87,49 @@ def copy_weights(checkpoint: Path, folder: Path) -> None:
     replace_folder(temporary, folder)
 
 
-def check_adapter_file(path: Path, names: set[str], *, trained: bool) -> None:
-    """Opens a saved adapter and looks: a sharded model can save empty tensors without an error.
-
-    Raises:
-        RuntimeError: tensors are missing or empty, or a trained adapter's B is all zero.
-    """
-    tensors = load_file(path)
-    empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
-    if set(tensors) != names or empty:
-        raise RuntimeError(
-            f"{path} must hold {len(names)} tensors, holds {len(tensors)}, {len(empty)} empty"
-        )
-    b_matrices = [tensor for name, tensor in tensors.items() if ".lora_B." in name]
-    if trained and not any(bool(tensor.any()) for tensor in b_matrices):
-        raise RuntimeError(f"{path}: every lora_B is zero after training; nothing was learnt")
-
-
 def load_checkpoint(run: Run, folder: Path) -> bool:
     """Brings a new run to where its checkpoint was. False: there is none.
 
     Raises:
-        ValueError: the checkpoint is not of such a run.
+        GateError: the checkpoint is not whole, or not of such a run; nothing was changed.
     """
     found = existing_folder(folder)
     if found is None or not (found / STATE_FILE).exists():
         return False
-    weights: dict[str, torch.Tensor] = {}
-    for path in found.glob("*.safetensors"):
-        weights |= load_file(path) if path.name != OPTIMIZER_FILE else {}
-    if missing := sorted(set(run.slot.parameters) - set(weights)):
-        raise ValueError(
-            f"{found}: must hold all {len(run.slot.parameters)} weights of the trial, {len(missing)} are not "
-            f"there (first: {missing[0]}); remove the folder to begin the trial again"
-        )
+    moments = _moments(run)
+    file = found / (MODEL_FILE if run.slot.spec is None else ADAPTER_FILE)
+    weights = _whole(file, run.slot.parameters, "weights of the trial")
+    saved_moments = _whole(found / OPTIMIZER_FILE, moments, "moments of its optimizer")
+    state = read_json(found / STATE_FILE)
+    if missing := [name for name in run.COUNTERS if name not in state]:
+        raise GateError(f"{found / STATE_FILE}: must hold {', '.join(missing)}, does not; {AGAIN}")
     with torch.no_grad():
         for name, parameter in run.slot.parameters.items():
             parameter.copy_(weights[name])
-    _restore_optimizer(run, load_file(found / OPTIMIZER_FILE))
-    for name, value in read_json(found / STATE_FILE).items():
-        setattr(run, name, value)
+        for name, moment in moments.items():
+            moment.copy_(saved_moments[name])
+    run.restore(state)
     return True
+
+
+def _whole(path: Path, tensors: Mapping[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:
+    try:
+        check_shapes(path, _shapes(tensors), what)
+    except GateError as error:
+        raise GateError(
+            f"{path.parent}: must hold all {len(tensors)} {what}; {error}; {AGAIN}"
+        ) from error
+    return load_file(path)
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def recorded_probe_loss(folder: Path) -> float | None:
+    """What a checkpoint's run lost on the probe batch when it was saved; None where nobody looked."""
+    found = existing_folder(folder)
+    return read_json(found / STATE_FILE).get(PROBE_LOSS) if found else None
 
 
 def checkpoint_examples(folder: Path) -> int:
@@ -130,20 +161,13 @@ def _target_names(pack: Pack, spec: AdapterSpec, layers: dict[str, AdaptedLayer]
     """Suffixes where they mean exactly our layers, else full names (a suffix such as q_proj would
     reach into the vision tower of a multimodal model)."""
     suffixes = {linear.name for linear in spec.linears}
-    everything = [name.removesuffix(".base") for name, _ in pack.model.named_modules()]
-    reached = {n for n in everything if any(n == s or n.endswith("." + s) for s in suffixes)}
-    return suffixes if reached == set(layers) else set(layers)
+    return suffixes if modules_ending_in(pack.model, suffixes) == set(layers) else set(layers)
 
 
-def _optimizer_tensors(run: Run) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for name, moments in run.slot.moments.items():
-        for key, value in zip(MOMENTS, moments, strict=True):
-            tensors[f"{name}|{key}"] = value.detach().contiguous()
-    return tensors
-
-
-def _restore_optimizer(run: Run, tensors: dict[str, torch.Tensor]) -> None:
-    for name, moments in run.slot.moments.items():
-        for key, value in zip(MOMENTS, moments, strict=True):
-            value.copy_(tensors[f"{name}|{key}"])
+def _moments(run: Run) -> dict[str, torch.Tensor]:
+    """Both AdamW moments of every weight, under the names that the optimizer's file has."""
+    return {
+        f"{name}|{key}": moment
+        for name, pair in run.slot.moments.items()
+        for key, moment in zip(MOMENTS, pair, strict=True)
+    }

@@ -8,7 +8,7 @@ number, whatever the micro-batch size and the number of workers.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -88,6 +88,8 @@ class Run:
     reason: str = ""
     grad_norm: float = 0.0
     last_lr: float = 0.0
+    evaluated: int = 0
+    """Examples at the last evaluation."""
     since_report: list[tuple[float, int]] = field(default_factory=list)
     share: Share | None = None
     """This worker's rest of the global batch; None between two batches."""
@@ -101,17 +103,35 @@ class Run:
 
     @property
     def counters(self) -> dict[str, Any]:
-        """What a checkpoint must restore beside weights and optimizer state."""
-        return {name: getattr(self, name) for name in self.COUNTERS}
+        """What a checkpoint must restore beside weights and optimizer state, also one that was written
+        between two evaluations: its next row must be that of a run that nobody disturbed."""
+        between = {
+            "evaluated": self.evaluated,
+            "last_lr": self.last_lr,
+            "grad_norm": self.grad_norm,
+        }
+        between["since_report"] = [list(part) for part in self.since_report]
+        return {name: getattr(self, name) for name in self.COUNTERS} | between
+
+    def restore(self, counters: Mapping[str, Any]) -> None:
+        """Takes over what `counters` gave. Checkpoints of before say nothing of `evaluated` and the like:
+        they were written at evaluations alone."""
+        for name in self.COUNTERS:
+            setattr(self, name, counters[name])
+        self.evaluated = counters.get("evaluated", self.examples)
+        self.last_lr = counters.get("last_lr", 0.0)
+        self.grad_norm = counters.get("grad_norm", 0.0)
+        self.since_report = [(nats, tokens) for nats, tokens in counters.get("since_report", [])]
 
     @property
     def is_due(self) -> bool:
-        """Whether the run stands at an evaluation: at its start, at a multiple of eval_every (the
+        """Whether the run stands at an evaluation that it has not had: at a multiple of eval_every (the
         first step at or after it), or at the end of its budget."""
-        if self.share is not None:
+        if self.share is not None or self.examples == self.evaluated:
             return False
-        before, every = self.examples - len(self.batch_rows), self.spec.eval_every
-        return self.examples >= self.spec.num_examples or self.examples // every > before // every
+        every = self.spec.eval_every
+        ended = self.examples >= self.spec.num_examples
+        return ended or self.examples // every > self.evaluated // every
 
 
 def new_run(pack: Pack, slot_index: int, spec: RunSpec) -> Run:
@@ -167,7 +187,7 @@ class Trainer:
     def run(self, runs: Sequence[Run], on_evaluation: OnEvaluation) -> None:
         """Trains until no run is running. The state of each run tells how it ended."""
         for run in runs:
-            if run.examples == 0:
+            if run.examples == 0 or run.is_due:
                 self.evaluate(run, on_evaluation)
         while active := [run for run in runs if run.status == "running"]:
             for run in self.advance(active):
@@ -265,6 +285,7 @@ class Trainer:
             return
         evaluation = self._evaluation(run, eval_loss, bits_per_byte, retention_loss)
         run.since_report.clear()
+        run.evaluated = run.examples
         if run.examples >= run.spec.num_examples:
             run.status = "finished"
         if not on_evaluation(run, evaluation) and run.status == "running":
@@ -320,14 +341,14 @@ class Trainer:
     def _nats(self, run: Run | None, rows: RowSource) -> float:
         """Nats of a run, or of the base, over all loss-bearing tokens of a set."""
         slot = run.slot_index if run and run.slot.spec is not None else None
-        order = np.argsort(-rows.lengths, kind="stable")
-        share = order[self.comm.world_rank :: self.comm.world_size]
+        # All workers run as many forwards, the last with a row less: of a sharded base they need it.
+        everything, comm = np.arange(len(rows)), self.comm
+        share = Share.of(everything, rows.lengths, comm.world_rank, comm.world_size)
         nats = torch.zeros((), dtype=torch.float64, device=rows.device)
         while len(share):
-            height = self.limits.rows(int(rows.lengths[share[0]]))
-            batch = rows.batch([share[:height]], self.head.max_positions)
+            taken = share.take(self.limits.rows(share.width))
+            batch = rows.batch([taken], self.head.max_positions)
             nats += self.head.eval_nats(batch, slot)
-            share = share[height:]
         return float(self.comm.sum(nats))
 
 

@@ -7,20 +7,24 @@ Commands (dicts, by "kind"):
     enter {trial, index}   train this trial; its evaluation number `index` (trained ones, from 0) is asked for
     allow {trial, index}   the evaluation `index` of a running trial is asked for
     cancel {trial}         drop the trial; its files stay as they are
+    look                   ask the link whether the node will be taken away (trainers/preemption.py)
     stop                   end
 Events:
     row {trial, index, row, last}    an evaluation; it is on disk. last: the trial is finished with it
     end {trial, status, reason}      the trial ended (finished, diverged or failed); status.json says so
+    preempted {deadline}             the node will be taken away at that UNIX time: no trial must come any more
+    back {trial}                     the trial was saved and let go, in the middle of a rung or not
 """
 
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from trainers.comm import Comm
-from trainers.loop import Evaluation, Run
-from trainers.paths import TrialPaths, write_text
+from trainers.gate import GateError
+from trainers.loop import Run
+from trainers.paths import TrialPaths
+from trainers.preemption import Notice
 from trainers.sft_trainer import Recorder, Station, TrialSpec
 
 
@@ -33,6 +37,11 @@ class Link(Protocol):
 
     def tell(self, event: dict[str, Any]) -> None:
         """Sends an event; need not wait."""
+        ...
+
+    def deadline(self) -> float | None:
+        """When the group's node will be taken away (UNIX time); None: nobody said so. Called on every
+        worker at once."""
         ...
 
 
@@ -68,6 +77,7 @@ class PackServer:
         self.link, self.comm, self.make_station = link, comm, make_station
         self.station: Station | None = None
         self.members: dict[str, Member] = {}
+        self.notice: Notice | None = None
 
     def serve(self) -> None:
         """Runs until the command `stop`."""
@@ -78,6 +88,7 @@ class PackServer:
                     return
                 self._obey(command)
             self._advance()
+            self._heed()
 
     def _heard(self, *, idle: bool) -> list[dict[str, Any]]:
         return self.link.commands(idle=idle) if self.comm.world_rank == 0 else []
@@ -89,6 +100,8 @@ class PackServer:
     def _obey(self, command: dict[str, Any]) -> None:
         if command["kind"] == "enter":
             self._enter(TrialSpec.from_dict(command["trial"]), command["index"])
+        elif command["kind"] == "look":
+            self._look()
         elif (member := self.members.get(command["trial"])) is None:
             return  # it ended while the command was on its way
         elif command["kind"] == "allow":
@@ -102,6 +115,9 @@ class PackServer:
     def _enter(self, spec: TrialSpec, index: int) -> None:
         if spec.name in self.members:
             return
+        if self.notice is not None:  # it was given before the notice was heard
+            self._tell({"kind": "back", "trial": spec.name})
+            return
         try:
             station = self._station_for(spec)
             run, recorder = station.enter(spec, lambda row: True)
@@ -114,7 +130,9 @@ class PackServer:
         for number, row in enumerate(recorder.trained_rows):
             self._tell_row(member, number, row)
         if run.status == "running" and run.examples == 0:
-            station.trainer.evaluate(run, recorder)  # the untouched base: nobody asks for it
+            self._recorded(member)  # the untouched base: nobody asks for it
+        elif run.status == "running" and run.is_due:  # it was saved while it waited to be asked
+            self._arrive(member)
         self._conclude(member)
 
     def _station_for(self, spec: TrialSpec) -> Station:
@@ -130,9 +148,7 @@ class PackServer:
 
     def _fail(self, spec: TrialSpec, error: Exception) -> None:
         if self.comm.world_rank == 0:
-            paths = TrialPaths(spec.folder)
-            write_text(paths.error, traceback.format_exc())
-            Recorder.write_status(paths, "failed", str(error), 0, 0)
+            Recorder.write_failure(TrialPaths(spec.folder), error, 0, 0)
         self._tell({"kind": "end", "trial": spec.name, "status": "failed", "reason": str(error)})
 
     def _advance(self) -> None:
@@ -141,27 +157,32 @@ class PackServer:
             return
         assert self.station is not None
         for run in self.station.trainer.advance(list(runs)):
-            member = runs[run]
-            if member.allowed >= member.next_index:
-                self._evaluate(member)
-            else:
-                run.status = "waiting"
+            self._arrive(runs[run])
         for member in runs.values():
             self._conclude(member)
 
+    def _arrive(self, member: Member) -> None:
+        """A run stands at an evaluation."""
+        if member.allowed >= member.next_index:
+            self._evaluate(member)
+        else:
+            member.run.status = "waiting"
+
     def _evaluate(self, member: Member) -> None:
         """Evaluates, writes, and tells; what a scheduler sees is on disk."""
-        assert self.station is not None
-
-        def record(run: Run, evaluation: Evaluation) -> bool:
-            member.recorder(run, evaluation)
-            return True
-
         index = member.next_index
-        self.station.trainer.evaluate(member.run, record)
-        if member.run.status != "diverged":
+        self._recorded(member)
+        if member.run.status not in ("diverged", "failed"):
             self._tell_row(member, index, member.recorder.rows[-1])
         self._conclude(member)
+
+    def _recorded(self, member: Member) -> None:
+        """Evaluates and writes; a save that does not pass the gate fails this member alone."""
+        assert self.station is not None
+        try:
+            self.station.trainer.evaluate(member.run, member.recorder)
+        except GateError as error:
+            member.recorder.fail(member.run, error)
 
     def _tell_row(self, member: Member, index: int, row: dict[str, Any]) -> None:
         last = row["examples"] >= member.spec.num_examples
@@ -183,4 +204,36 @@ class PackServer:
     def _leave(self, member: Member) -> None:
         assert self.station is not None
         del self.members[member.name]
+        if self.notice is not None:
+            self.notice.unsaved.discard(member.name)
         self.station.leave(member.run)
+
+    def _look(self) -> None:
+        if (deadline := self.link.deadline()) is None:
+            return
+        if self.notice is None:
+            self.notice = Notice(deadline, self.members)
+            self._tell({"kind": "preempted", "deadline": deadline})
+        self.notice.deadline = deadline
+        if self.comm.share(self.notice.must_leave()):
+            self.notice.leave(self.members)
+
+    def _heed(self) -> None:
+        """Saves, and in the end gives back, the members that stand between two global batches."""
+        if self.notice is None:
+            return
+        for member in list(self.members.values()):
+            if member.name in self.notice.unsaved and member.run.share is None:
+                self._save(member, self.notice)
+
+    def _save(self, member: Member, notice: Notice) -> None:
+        try:
+            if not notice.is_saved(member.name, member.run.steps):
+                member.recorder.save(member.run)
+        except GateError as error:
+            member.recorder.fail(member.run, error)
+        self._conclude(member)
+        notice.saved(member.name, member.run.steps)
+        if notice.leaving and member.name in self.members:
+            self._leave(member)
+            self._tell({"kind": "back", "trial": member.name})

@@ -3,6 +3,7 @@
 The doctrine's own snippet imports from here: `count_tokens` and `validate_capacity`.
 """
 
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from trainers.checkpoint import (
     checkpoint_examples,
     copy_weights,
     load_checkpoint,
+    recorded_probe_loss,
     save_checkpoint,
 )
 from trainers.comm import Comm
@@ -29,6 +31,7 @@ from trainers.data import DataSpec, count_tokens, prepare_data
 from trainers.data.retention import retention_set
 from trainers.data.tokenizer import load_tokenizer
 from trainers.full import BaseWeights, unfreeze
+from trainers.gate import GateError, Probe
 from trainers.head import check_head, check_packing
 from trainers.loop import Evaluation, Run, RunSpec, Trainer, new_run
 from trainers.measure import measure_max_tokens
@@ -40,6 +43,7 @@ from trainers.paths import (
     remove_folder,
     write_json,
     write_json_lines,
+    write_text,
 )
 from trainers.speed import measured_once, read_speed
 
@@ -96,7 +100,7 @@ class TrialSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialResult:
-    """How a trial ended: status finished, stopped or diverged, with the reason."""
+    """How a trial ended: status finished, stopped, diverged or failed, with the reason."""
 
     status: str
     reason: str
@@ -116,16 +120,32 @@ def train_trial(spec: TrialSpec, report: Report) -> TrialResult:
     """Trains one candidate, going on from its last checkpoint when there is one.
 
     Metrics, checkpoint and the best weights are written by world rank 0 at every evaluation, before
-    it is reported: what a scheduler has seen is on disk.
+    it is reported: what a scheduler has seen is on disk. A save, or a checkpoint to go on from, that does
+    not pass the gate ends the trial as failed.
 
     Raises:
         ValueError: model, data or target that cannot be trained.
     """
     station = Station(spec, Comm())
-    run, recorder = station.enter(spec, report)
-    station.trainer.run([run], recorder)
+    try:
+        run, recorder = station.enter(spec, report)
+    except GateError as error:
+        return _refused(spec, station, error)
+    try:
+        station.trainer.run([run], recorder)
+    except GateError as error:
+        recorder.fail(run, error)
     recorder.finish(run)
     return TrialResult(status=run.status, reason=run.reason, rows=tuple(recorder.rows))
+
+
+def _refused(spec: TrialSpec, station: "Station", error: GateError) -> TrialResult:
+    """The end of a trial whose checkpoint is not what it says."""
+    paths = TrialPaths(spec.folder)
+    if station.comm.world_rank == 0:
+        Recorder.write_failure(paths, error, 0, 0)
+    rows = tuple(read_json_lines(paths.metrics))
+    return TrialResult(status="failed", reason=str(error), rows=rows)
 
 
 def recorded_rows(spec: TrialSpec) -> list[dict[str, Any]]:
@@ -162,6 +182,10 @@ class Station:
             keep_freed_memory()
         self.comm, self.base, self.data_spec = comm, spec.base, spec.data
         self.full_finetune = spec.candidate.full_finetune
+        if self.full_finetune and spec.base.sharded:
+            raise ValueError(
+                "full fine-tuning needs a whole base on each worker, got a sharded one; set strategy: single"
+            )
         self.data = prepare_data(spec.data)
         self.model = model or load_base(spec.base)
         self.weights = BaseWeights(self.model) if self.full_finetune else None
@@ -172,6 +196,7 @@ class Station:
                 check_packing(self.pack)
         self.shape = shape_of_config(self.model.config)
         self.trainer = self._trainer(spec)
+        self.probe = Probe(self.trainer)
 
     def _trainer(self, spec: TrialSpec) -> Trainer:
         pad_id = load_tokenizer(spec.data.model, revision=spec.data.revision).pad_id
@@ -192,7 +217,10 @@ class Station:
         )
 
     def measure(self, path: str, lora_rank: int, row_tokens: int) -> dict[str, Any]:
-        """Sizes the forwards as measured on this machine, now or before (see trainers/measure.py)."""
+        """Sizes the forwards as measured on this machine, now or before (see trainers/measure.py). Of a
+        sharded base they stay as the plan has them: memory decides, and all workers must run alike."""
+        if self.pack.sharding is not None:
+            return {}
         measured = None
         if self.comm.world_rank == 0:
             measured = (
@@ -228,21 +256,23 @@ class Station:
         """Puts a trial's adapter into the pack, as it was at its last checkpoint.
 
         Raises:
-            ValueError: a target that the model does not have, or a checkpoint of another trial.
+            ValueError: a target that the model does not have; a GateError for a checkpoint that is not
+                whole, of another trial or of another base.
         """
         torch.manual_seed(spec.candidate.seed)
         slot = 0 if self.full_finetune else self.pack.enter(self._adapter(spec.candidate))
         run = new_run(self.pack, slot, run_spec(spec))
         paths = TrialPaths(spec.folder)
         try:
-            load_checkpoint(run, paths.checkpoint)
+            if load_checkpoint(run, paths.checkpoint):
+                recorded = recorded_probe_loss(paths.checkpoint)
+                self.probe.check_reloaded(run, recorded, paths.checkpoint)
         except ValueError:
             self.leave(run)
             raise
-        if run.examples >= spec.num_examples:
+        if run.examples >= spec.num_examples and not run.is_due:
             run.status = "finished"
-        writes = self.comm.world_rank == 0
-        return run, Recorder(spec, self.pack, paths, report, writes=writes, examples=run.examples)
+        return run, Recorder(spec, self.probe, paths, report, examples=run.evaluated)
 
     def _adapter(self, candidate: Candidate) -> AdapterSpec:
         return AdapterSpec(
@@ -274,53 +304,65 @@ class Station:
 
 
 class Recorder:
-    """Writes each evaluation to the trial's folder and reports it."""
+    """Writes each evaluation to the trial's folder and reports it. Called on every worker; world rank 0
+    writes.
+
+    Args:
+        examples: that the run had seen at its last evaluation before it entered.
+    """
 
     def __init__(
-        self,
-        spec: TrialSpec,
-        pack: Pack,
-        paths: TrialPaths,
-        report: Report,
-        *,
-        writes: bool,
-        examples: int,
+        self, spec: TrialSpec, probe: Probe, paths: TrialPaths, report: Report, *, examples: int
     ) -> None:
-        self.spec, self.pack, self.paths, self.report, self.writes = (
-            spec,
-            pack,
-            paths,
-            report,
-            writes,
-        )
+        self.spec, self.probe, self.paths, self.report = spec, probe, paths, report
+        self.writes = probe.comm.world_rank == 0
         # A restart goes on from the checkpoint: rows written after it will be written again.
         self.rows = [row for row in read_json_lines(paths.metrics) if row["examples"] <= examples]
         best = best_row(self.rows)
-        if self._keeps and best is not None and best["examples"] == examples:
+        is_best = best is not None and best["examples"] == checkpoint_examples(paths.checkpoint)
+        if self._keeps and is_best:
             copy_weights(paths.checkpoint, paths.best)  # a worker that died before it did
 
     def __call__(self, run: Run, evaluation: Evaluation) -> bool:
+        """Whether the run goes on.
+
+        Raises:
+            GateError: what was saved is not what was trained; on all workers alike.
+        """
         row = asdict(evaluation)
         if self.spec.data.retention is None:
             del row["retention_loss"]
         # A worker that died right after its first checkpoint evaluates the base once more.
         self.rows = [*(old for old in self.rows if old["examples"] < row["examples"]), row]
-        if self.writes:
-            self._write(run, row)
-        return self.report(row)
-
-    def _write(self, run: Run, row: dict[str, Any]) -> None:
         # The row first: a checkpoint without its row would lose that evaluation for good.
-        write_json_lines(self.paths.metrics, self.rows)
-        save_checkpoint(
-            self.pack,
-            run,
-            self.paths.checkpoint,
-            base_name=self.spec.base.model,
-            revision=self.spec.base.revision,
-        )
+        if self.writes:
+            write_json_lines(self.paths.metrics, self.rows)
+        self.save(run)
         if self._keeps and best_row(self.rows) is row:
             copy_weights(self.paths.checkpoint, self.paths.best)
+        return self.report(row)
+
+    def save(self, run: Run) -> None:
+        """Writes a checkpoint, of an evaluation or between two; the same GateErrors, on all workers."""
+        probe_loss = self.probe.loss(run)
+        refusal = self._checkpoint(run, probe_loss) if self.writes else ""
+        if refusal := self.probe.comm.share(refusal):
+            raise GateError(refusal)
+
+    def _checkpoint(self, run: Run, probe_loss: float) -> str:
+        """Why the gate refused what was written; empty: it did not."""
+        try:
+            save_checkpoint(
+                self.probe.pack,
+                run,
+                self.paths.checkpoint,
+                base_name=self.spec.base.model,
+                revision=self.spec.base.revision,
+                probe_loss=probe_loss,
+            )
+        except GateError as error:
+            return str(error)
+        return ""
 
     @property
     def _keeps(self) -> bool:
@@ -334,6 +376,12 @@ class Recorder:
     @property
     def num_trained_rows(self) -> int:
         return len(self.trained_rows)
+
+    def fail(self, run: Run, error: GateError) -> None:
+        """Ends a run whose save or checkpoint did not pass the gate; `finish` writes the rest."""
+        run.status, run.reason = "failed", str(error)
+        if self.writes:
+            self.write_failure(self.paths, error, run.examples, run.steps)
 
     def finish(self, run: Run) -> None:
         """Writes how the trial ended."""
@@ -351,3 +399,9 @@ class Recorder:
             paths.status,
             {"status": status, "reason": reason, "examples": examples, "steps": steps},
         )
+
+    @classmethod
+    def write_failure(cls, paths: TrialPaths, error: Exception, examples: int, steps: int) -> None:
+        """error.txt and status.json of a trial that failed."""
+        write_text(paths.error, "".join(traceback.format_exception(error)))
+        cls.write_status(paths, "failed", str(error), examples, steps)

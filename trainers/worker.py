@@ -1,5 +1,6 @@
 """The Ray Train functions: one trial on the workers of its group, or a warm group that serves many."""
 
+import math
 import os
 import time
 import uuid
@@ -20,6 +21,11 @@ IDLE_WAIT_S = 1.0
 """How long an idle group waits for a command: its other workers wait in a collective meanwhile."""
 POLL_WAIT_S = 20.0
 """How long the broker holds a question for commands of a busy group."""
+LOOK_S = 2.0
+"""How often a group asks whether its node will be taken away; the shortest notice of a cloud is 30 s."""
+GRACE_S = 120.0
+"""After a notice without a deadline Ray Train ends the workers so much later (its
+DEFAULT_PREEMPTION_DEADLINE_S)."""
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, str]:
@@ -41,7 +47,7 @@ def _train(spec: TrialSpec, num_seen: int) -> dict[str, str]:
         return True
 
     result = train_trial(spec, report)
-    if result.status == "diverged":
+    if result.status in ("diverged", "failed"):
         ray.train.report(
             {"eval_loss": DIVERGED_LOSS, "examples": spec.num_examples, "trial": spec.name}
         )
@@ -54,14 +60,14 @@ def serve_worker(config: dict[str, Any]) -> None:
     config: {"broker": {"name", "namespace"}, "groups": names of the groups of this Train run (one, or one for
     each worker), "warm": the dict of a trial whose base
     and data are loaded before the group says that it is ready, "measure": {"path", "lora_rank",
-    "row_tokens"}: see trainers/measure.py}.
+    "row_tokens"}: see trainers/measure.py, "preemptible": whether the group must look for preemptions}.
     """
     _use_own_device()
     groups, context = config["groups"], ray.train.get_context()
     # Groups that share a run have a worker each, which shares nothing with the others.
     comm = Comm(alone=len(groups) > 1)
     group = groups[context.get_world_rank()] if len(groups) > 1 else groups[0]
-    link = BrokerLink(config["broker"], group)
+    link = BrokerLink(config["broker"], group, preemptible=config["preemptible"])
     if not comm.share(link.begin() if comm.world_rank == 0 else None):
         return
     spec = TrialSpec.from_dict(config["warm"])
@@ -92,8 +98,10 @@ def _use_own_device() -> None:
 class BrokerLink:
     """The link of a pack server over Ray. Neither telling nor asking waits while there is work."""
 
-    def __init__(self, broker: dict[str, str], group: str) -> None:
+    def __init__(self, broker: dict[str, str], group: str, *, preemptible: bool = False) -> None:
         self.broker = ray.get_actor(**broker)
+        self.next_look = time.monotonic() if preemptible else math.inf
+        self.noticed: float | None = None
         self.group, self.incarnation = group, uuid.uuid4().hex
         self.asked: Any = None
         self.num_told = 0
@@ -111,7 +119,8 @@ class BrokerLink:
 
     def hello(self, info: dict[str, Any]) -> None:
         """Says that the group is ready, and what it measured."""
-        ray.get(self.broker.hello.remote(self.group, self.incarnation, info | {"pid": os.getpid()}))
+        where = {"pid": os.getpid(), "node_id": ray.get_runtime_context().get_node_id()}
+        ray.get(self.broker.hello.remote(self.group, self.incarnation, info | where))
 
     def tell(self, event: dict[str, Any]) -> None:
         # Numbered: calls that nobody waits for may overtake each other.
@@ -122,7 +131,17 @@ class BrokerLink:
         if self.asked is None:
             self.asked = self.broker.commands.remote(self.group, self.incarnation, POLL_WAIT_S)
         ready, _ = ray.wait([self.asked], timeout=IDLE_WAIT_S if idle else 0)
+        looks = [{"kind": "look"}] if time.monotonic() >= self.next_look else []
+        if looks:
+            self.next_look = time.monotonic() + LOOK_S
         if not ready:
-            return []
+            return looks
         self.asked = None
-        return ray.get(ready[0])
+        return [*ray.get(ready[0]), *looks]
+
+    def deadline(self) -> float | None:
+        info = ray.train.get_preemption_info()  # a collective of the whole Train run
+        if info is None:
+            return None
+        self.noticed = self.noticed or time.time()
+        return info.deadline_ms / 1000 if info.deadline_ms else self.noticed + GRACE_S

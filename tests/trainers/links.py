@@ -42,6 +42,7 @@ def cancel(spec: TrialSpec) -> dict[str, Any]:
 
 
 STOP = {"kind": "stop"}
+LOOK = {"kind": "look"}
 
 
 class Killed(Exception):
@@ -75,6 +76,8 @@ class FakeLink:
         """Rows on disk of all trials, at the same times."""
         self.polls = 0
         self.kill: Callable[[dict[str, Any]], bool] = lambda event: False
+        self.goes_at: float | None = None
+        """When the node will be taken away, as it is told to who looks."""
 
     def commands(self, *, idle: bool) -> list[dict[str, Any]]:
         self.polls += 1
@@ -99,20 +102,26 @@ class FakeLink:
     def tell(self, event: dict[str, Any]) -> None:
         if self.kill(event):
             raise Killed
+        if "trial" not in event:
+            self.told.append(Told(copy.deepcopy(event), [], None))
+            return
         paths = self.folders[event["trial"]]
         status = read_json(paths.status) if paths.status.exists() else None
         self.told.append(Told(copy.deepcopy(event), read_json_lines(paths.metrics), status))
 
+    def deadline(self) -> float | None:
+        return self.goes_at
+
     def rows(self, spec: TrialSpec) -> list[dict[str, Any]]:
         """The rows told of a trial, in order; their numbers must count up from 0."""
-        events = [told.event for told in self.told if told.event["trial"] == spec.name]
+        events = [told.event for told in self.told if told.event.get("trial") == spec.name]
         events = [event for event in events if event["kind"] == "row"]
         assert [event["index"] for event in events] == list(range(len(events)))
         return [event["row"] for event in events]
 
     def end(self, spec: TrialSpec) -> dict[str, Any] | None:
         """How a trial ended, if it was told; it must be the last that was told of it."""
-        events = [told.event for told in self.told if told.event["trial"] == spec.name]
+        events = [told.event for told in self.told if told.event.get("trial") == spec.name]
         assert all(event["kind"] == "row" for event in events[:-1])
         return events[-1] if events and events[-1]["kind"] == "end" else None
 

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalL
 from search_spaces.architecture import LinearShape, ModelShape
 from tests.trainers.tiny import tiny_model
 from trainers.adapters import AdapterSpec, inject
-from trainers.checkpoint import check_adapter_file, save_weights
+from trainers.checkpoint import save_weights
 from trainers.loop import RunSpec, new_run
 
 IDS = torch.tensor([[5, 17, 200, 33, 9, 81, 3, 44]])
@@ -176,16 +176,3 @@ def test_inject_a_is_uniform_within_one_over_root_d_in():
     bound = 128**-0.5
     assert a.abs().max() <= bound
     assert a.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)  # 8,192 draws
-
-
-def test_check_adapter_file_empty_or_untrained_tensors_are_an_error(tmp_path):
-    from safetensors.torch import save_file
-
-    a, b = "m.lora_A.weight", "m.lora_B.weight"
-    save_file({a: torch.ones(2, 4), b: torch.zeros(4, 2)}, tmp_path / "a.safetensors")
-    check_adapter_file(tmp_path / "a.safetensors", {a, b}, trained=False)
-    with pytest.raises(RuntimeError, match="every lora_B is zero"):
-        check_adapter_file(tmp_path / "a.safetensors", {a, b}, trained=True)
-    save_file({a: torch.empty(0), b: torch.ones(4, 2)}, tmp_path / "b.safetensors")
-    with pytest.raises(RuntimeError, match="1 empty"):
-        check_adapter_file(tmp_path / "b.safetensors", {a, b}, trained=True)

@@ -11,6 +11,7 @@ from tests.trainers.packs import RUNS, Bench
 from tests.trainers.tiny import tiny_model
 from tests.trainers.trials import numbers, trial
 from trainers.checkpoint import load_checkpoint
+from trainers.gate import Probe
 from trainers.paths import TrialPaths, read_json, read_json_lines
 from trainers.sft_trainer import Recorder
 
@@ -25,7 +26,7 @@ def attempt(folder: Path, report=lambda row: True) -> None:
     if run.examples >= RUN.num_examples:
         run.status = "finished"
     spec = trial(folder / "no data", folder)
-    recorder = Recorder(spec, bench.pack, paths, report, writes=True, examples=run.examples)
+    recorder = Recorder(spec, Probe(bench.trainer), paths, report, examples=run.examples)
     bench.trainer.run([run], recorder)
     recorder.finish(run)
 
@@ -101,7 +102,7 @@ def test_recorder_worse_evaluation_keeps_the_best_weights(tmp_path):
         return True
 
     spec = trial(tmp_path / "no data", tmp_path)
-    recorder = Recorder(spec, bench.pack, paths, report, writes=True, examples=0)
+    recorder = Recorder(spec, Probe(bench.trainer), paths, report, examples=0)
     bench.trainer.run([run], recorder)
     losses = [row["eval_loss"] for row in recorder.trained_rows]
     assert losses[0] > min(losses) < losses[-1]
