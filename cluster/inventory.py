@@ -8,13 +8,20 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True)
 class Inventory:
     """CPUs and GPUs of a cluster (or of this machine). memory_bytes: of all its nodes; gpu_bytes: of
-    its smallest GPU; None where it does not say."""
+    its smallest GPU; None where it does not say. gpu_name: its model, None where nobody said."""
 
     num_cpus: int
     num_gpus: int
     where: str
     memory_bytes: int | None = None
     gpu_bytes: int | None = None
+    gpu_name: str | None = None
+    num_nodes: int = 1
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs that stand in one machine, as far as they are spread evenly."""
+        return self.num_gpus // self.num_nodes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,165 +2,236 @@
 
 A group holds as many adapters as fill its forward (the measured number of tokens above which a forward
 gains nothing) and one more, which trains while another's result is being judged; fewer where memory or
-the number of trials says so. Bytes are estimates to within about a tenth, for this decision alone.
+the number of trials says so. How its workers share the base is strategy.py's decision, the bytes are
+memory.py's.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 
+from cluster.holding import BaseHolding, Forward
+from cluster.inventory import Inventory
+from cluster.memory import planned_bytes, step_bytes
+from cluster.strategy import Asked, Fit, Needs, Strategy, Way, Workload, choose, fit_way
 from search_spaces.architecture import ModelShape
-from search_spaces.linear_shape import LinearShape
 
-NF4_BITS = 4.127
-"""Bits of a weight in NF4 with double quantization. Source: QLoRA, arXiv 2305.14314, section 3."""
-ADAPTER_BYTES = 16
-"""Bytes of an adapter's parameter: weight, gradient and two AdamW moments in fp32."""
-USABLE_SHARE = 0.8
-"""Share of a worker's memory that is planned; the rest is the allocator's and the libraries'."""
-SAVED_PER_HIDDEN, SAVED_PER_MLP = 14, 5
-"""ASSUMPTION: numbers kept for the backward pass for each token and layer, in units of hidden_size and
-of the MLP's width (inputs of the projections, norms, queries, keys, values, the MLP's products)."""
 FORWARD_TOKENS = {"cpu": 2048, "gpu": 16384}
 """Tokens of a forward where nothing was measured yet."""
 SPARE_PLACES = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerMemory:
-    """Bytes of one worker.
+class PackPlan:
+    """What the pool of a sweep is made of.
 
     Args:
-        room_bytes: what it may use; None where nobody knows (a cluster that does not say).
-        base_bytes: the frozen base as it is loaded.
-        dequantized_bytes: what the base's 4-bit layers weigh when they are kept dequantized; 0 for a
-            base that is not quantized.
-        adapter_bytes: of the largest adapter, with gradients and moments.
-        token_bytes: activations of one token in flight.
+        num_groups: worker groups beside each other.
+        workers_per_group: workers that train a pack together.
+        strategy: how they share the base.
+        places: adapters of one group.
+        max_tokens: of a forward on one worker.
+        keep_dequantized: see BaseSpec.
+        gradient_checkpointing: layers are computed again.
+        needed_bytes: of a worker with all its places taken; room_bytes: what it may use, None where
+            nobody knows.
+        reason: why so many places.
     """
-
-    room_bytes: int | None
-    base_bytes: int
-    dequantized_bytes: int
-    adapter_bytes: int
-    token_bytes: int
-
-    def places(self, max_tokens: int, *, dequantized: bool) -> int | None:
-        """Adapters that fit beside base and activations; None where the room is not known."""
-        if self.room_bytes is None:
-            return None
-        used = self.base_bytes + max_tokens * self.token_bytes
-        used += self.dequantized_bytes if dequantized else 0
-        return max(0, int((self.room_bytes * USABLE_SHARE - used) // self.adapter_bytes))
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackPlan:
-    """What the pool of a sweep is made of. places: adapters of one group."""
 
     num_groups: int
     places: int
     max_tokens: int
     keep_dequantized: bool
     reason: str
+    workers_per_group: int = 1
+    strategy: Strategy = "single"
+    gradient_checkpointing: bool = False
+    needed_bytes: int = 0
+    room_bytes: int | None = None
+
+    @property
+    def way(self) -> Way:
+        """How the base is held and shared."""
+        return Way(
+            strategy=self.strategy,
+            num_workers=self.workers_per_group,
+            gradient_checkpointing=self.gradient_checkpointing,
+            keep_dequantized=self.keep_dequantized,
+        )
 
 
-def worker_memory(
-    shape: ModelShape,
-    *,
-    quantized: bool,
-    dtype_bytes: int,
-    lora_rank: int,
-    target: tuple[str, ...],
-    room_bytes: int | None,
-) -> WorkerMemory:
-    """Bytes of a worker that holds this base.
+def worker_needs(
+    shape: ModelShape, *, target: tuple[str, ...], compute_bytes: int, on_gpu: bool, packing: bool
+) -> Needs:
+    """Bytes of a worker as `strategy.choose` asks for them, every position bearing loss.
 
     Args:
-        quantized: NF4; embeddings, head, norms and fused experts stay in the compute type.
-        dtype_bytes: of the compute type.
-        lora_rank, target: of the largest adapter.
+        target: layers that the largest adapter trains.
+        compute_bytes: of the compute type.
+        packing: rows hold several examples.
     """
-    nf4 = sum(linear.num_params for linear in shape.linears if _is_quantizable(linear))
-    weights = nf4 if quantized else 0
-    base = int(weights * NF4_BITS / 8) + (shape.num_params - weights) * dtype_bytes
-    widths = [linear.out_features for linear in shape.linears if linear.component == "mlp"]
-    mlp = max(widths, default=shape.hidden_size)
-    saved = shape.num_layers * (SAVED_PER_HIDDEN * shape.hidden_size + SAVED_PER_MLP * mlp)
-    return WorkerMemory(
-        room_bytes=room_bytes,
-        base_bytes=base,
-        dequantized_bytes=weights * dtype_bytes,
-        adapter_bytes=ADAPTER_BYTES * shape.lora_params(lora_rank, target),
-        token_bytes=saved * dtype_bytes,
+
+    @cache
+    def needed(way: Way, workload: Workload, *, num_slots: int, tokens: int) -> int:
+        return planned_bytes(
+            shape,
+            _holding(way, workload, compute_bytes),
+            _forward(workload, num_slots, tokens, packing),
+            target=target,
+            num_slots=num_slots,
+            device_type="cuda" if on_gpu else "cpu",
+        )
+
+    return needed
+
+
+def worker_parts(
+    shape: ModelShape,
+    way: Way,
+    workload: Workload,
+    *,
+    target: tuple[str, ...],
+    num_slots: int,
+    tokens: int,
+    compute_bytes: int,
+    on_gpu: bool,
+    packing: bool,
+) -> dict[str, int]:
+    """Bytes of a worker by part at the moment when its step holds most; args as `worker_needs`."""
+    step = step_bytes(
+        shape,
+        _holding(way, workload, compute_bytes),
+        _forward(workload, num_slots, tokens, packing),
+        target=target,
+        num_slots=num_slots,
+        device_type="cuda" if on_gpu else "cpu",
+    )
+    return step.parts()
+
+
+def _holding(way: Way, workload: Workload, compute_bytes: int) -> BaseHolding:
+    return BaseHolding(
+        quantized=workload.quantized,
+        compute_bytes=compute_bytes,
+        num_workers=way.num_workers,
+        sharded=way.strategy == "zero3",
+        gradient_checkpointing=way.gradient_checkpointing,
+        keep_dequantized=way.keep_dequantized,
     )
 
 
-def _is_quantizable(linear: LinearShape) -> bool:
-    return linear.component in ("attn", "mlp")
+def _forward(workload: Workload, num_slots: int, tokens: int, packing: bool) -> Forward:
+    return Forward(
+        num_adapters=max(1, min(num_slots, tokens // workload.row_tokens)),
+        tokens=tokens,
+        row_tokens=workload.row_tokens,
+        loss_tokens=tokens,
+        lora_rank=workload.lora_rank,
+        dropout=workload.dropout,
+        packed=packing,
+    )
 
 
 def pack_plan(
-    memory: WorkerMemory,
+    needs: Needs,
+    workload: Workload,
+    inventory: Inventory,
+    asked: Asked,
     *,
-    num_trials: int,
     max_groups: int,
     max_tokens: int,
-    tokens_per_step: int,
+    tokens_per_row: float,
     measured: bool,
     pack_size: int | None = None,
+    way: Way | None = None,
 ) -> PackPlan:
     """Groups and places of a sweep.
 
     Args:
-        num_trials: trials of the sweep, >= 1.
-        max_groups: groups that the cluster holds, >= 1.
-        max_tokens: of one forward.
-        tokens_per_step: of one adapter's global batch on one worker (the smallest of the sweep's).
+        max_groups: groups that the cluster can hold beside each other, >= 1.
+        max_tokens: of one forward, beyond which nothing is gained.
+        tokens_per_row: mean tokens of a row.
         measured: whether max_tokens was measured on this machine.
         pack_size: places that the user asks for.
+        way: what was decided before; None: it is decided here.
 
     Raises:
-        ValueError: not even one adapter fits, or not as many as the user asks for.
+        DoesNotFitError: not even one adapter fits, or not as many as the user asks for.
+        ValueError: workers that cannot share every global batch.
     """
-    keep = bool(memory.dequantized_bytes) and (memory.places(max_tokens, dequantized=True) or 0) > 1
-    most = memory.places(max_tokens, dequantized=keep)
-    _require_room(memory, most, pack_size or 1)
-    groups = min(max_groups, num_trials)
-    fill = math.ceil(max_tokens / tokens_per_step)
+    fit = (
+        choose(needs, workload, inventory, asked, wanted_tokens=max_tokens)
+        if way is None
+        else fit_way(needs, way, workload, inventory, wanted_tokens=max_tokens)
+    )
+    groups = max(1, min(fit.num_groups, max_groups))
+    tokens = max_tokens if measured and fit.way.strategy != "zero3" else fit.tokens
+    keep = fit.way.keep_dequantized if way else _keeps_dequantized(needs, fit, workload, tokens)
+    fit = replace(fit, way=replace(fit.way, keep_dequantized=keep))
+    bytes_of = _bytes_of(needs, fit, workload, tokens)
+    most = _most_places(bytes_of, fit.room_bytes)
+    smallest = min(workload.global_batch_sizes)
+    per_step = max(1, int(-(-smallest // fit.way.num_workers) * tokens_per_row))
+    fill, per_group = math.ceil(tokens / per_step), math.ceil(workload.num_trials / groups)
     wanted = pack_size or fill + SPARE_PLACES
-    per_group = math.ceil(num_trials / groups)
+    if pack_size is not None and most is not None and pack_size > most:
+        raise ValueError(
+            f"pack_size must be what a worker holds: {most} adapters of rank {workload.lora_rank} "
+            f"({bytes_of(most):,} of {fit.room_bytes:,} bytes), got {pack_size}; lower it or lora_rank"
+        )
     places = min(wanted, per_group, wanted if most is None else most)
     return PackPlan(
         num_groups=groups,
         places=places,
-        max_tokens=max_tokens,
+        max_tokens=tokens,
         keep_dequantized=keep,
-        reason=_reason(most, fill, max_tokens, measured, pack_size, per_group),
+        reason=_reason(most, fill, tokens, _how(fit.way, measured), pack_size, per_group),
+        workers_per_group=fit.way.num_workers,
+        strategy=fit.way.strategy,
+        gradient_checkpointing=fit.way.gradient_checkpointing,
+        needed_bytes=bytes_of(places),
+        room_bytes=fit.room_bytes,
     )
 
 
-def _require_room(memory: WorkerMemory, most: int | None, wanted: int) -> None:
-    if most is None or most >= wanted:
-        return
-    raise ValueError(
-        f"a worker must hold the base ({memory.base_bytes:,} bytes) and {wanted} adapter(s) of "
-        f"{memory.adapter_bytes:,} bytes, {USABLE_SHARE:.0%} of its {memory.room_bytes:,} bytes hold {most}; "
-        "lower lora_rank or pack_size, or use a larger machine"
-    )
+def _bytes_of(needs: Needs, fit: Fit, workload: Workload, tokens: int) -> Callable[[int], int]:
+    return lambda slots: needs(fit.way, workload, num_slots=slots, tokens=tokens)
+
+
+def _keeps_dequantized(needs: Needs, fit: Fit, workload: Workload, tokens: int) -> bool:
+    """Where two adapters still fit beside it, NF4 is decoded once."""
+    if not workload.quantized or fit.way.strategy == "zero3" or fit.room_bytes is None:
+        return False
+    kept = replace(fit.way, keep_dequantized=True)
+    return needs(kept, workload, num_slots=2, tokens=tokens) <= fit.room_bytes
+
+
+def _most_places(bytes_of: Callable[[int], int], room_bytes: int | None) -> int | None:
+    """Adapters that fit; one more slot costs as much as the last. At least the one that was measured."""
+    if room_bytes is None:
+        return None
+    each = bytes_of(3) - bytes_of(2)
+    return max(1, 2 + (room_bytes - bytes_of(2)) // each)
+
+
+def _how(way: Way, measured: bool) -> str:
+    if way.strategy == "zero3":
+        return "as many as fit"
+    return "measured" if measured else "not measured here yet"
 
 
 def _reason(
     most: int | None,
     fill: int,
     max_tokens: int,
-    measured: bool,
+    how: str,
     pack_size: int | None,
     per_group: int,
 ) -> str:
     memory = "memory not known" if most is None else f"memory holds {most:,}"
     if pack_size:
         return f"pack_size {pack_size}; {memory}"
-    how = "measured" if measured else "not measured here yet"
     return (
         f"{fill} fill a forward of {max_tokens:,} tokens ({how}) and {SPARE_PLACES} trains while "
         f"another is judged; {memory}; {per_group} trial(s) a group"

@@ -43,7 +43,8 @@ def train(
             an earlier driver that do not end.
     """
     engine = _packed if plan.config.engine == "packed" else _solo
-    demand, packs = trial_demand(plan.config, inventory), plan_packs(plan, inventory)
+    packs = plan_packs(plan, inventory)
+    demand = trial_demand(plan.config, inventory, packs.workers_per_group)
     with progress:
         claim_folders(
             run, lambda: progress.note("waiting for the workers of an earlier driver to end")
@@ -61,14 +62,15 @@ def _packed(inventory: Inventory, progress: Progress, work: "Work") -> None:
     if warm is None:
         return
     storage = str((run.tune / "train").resolve())
-    measured = measured_tokens(plan, demand) is not None
+    # A sharded base is not measured: its forwards are as large as its memory allows.
+    measured = packs.strategy == "zero3" or measured_tokens(plan, demand) is not None
     one_run = plan.config.address is None and not inventory.num_gpus and demand.num_workers == 1
-    measure = measurement(plan, demand)
+    measure = measurement(plan, demand, recomputed=packs.gradient_checkpointing)
     with Pool(demand, packs.num_groups, warm, measure, storage, one_run=one_run) as pool:
         progress.note(f"starting {packs.num_groups} worker group(s), loading the base")
         if not measured:  # else Tune's own processes start beside the workers'
-            packs = plan_packs(plan, inventory, pool.first_group()["max_tokens"])
-        facts = vars(packs) | {"workers_per_group": demand.num_workers}
+            packs = plan_packs(plan, inventory, pool.first_group()["max_tokens"], packs.way)
+        facts = vars(packs)
         write_json(run.packs, facts)
         progress.note(f"{packs.num_groups} group(s) x {packs.places} adapters: {packs.reason}")
         pool.open(packs.places, [(t, work.seen.get(t["name"], 0)) for t in work.trials])

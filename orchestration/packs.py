@@ -3,78 +3,80 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.inventory import (
-    Inventory,
-    TrialDemand,
-    local_inventory,
-    max_concurrent_trials,
-    room_per_worker,
-)
-from cluster.packing import FORWARD_TOKENS, PackPlan, WorkerMemory, pack_plan, worker_memory
-from orchestration.config import SweepConfig
+from cluster.inventory import Inventory, TrialDemand, max_concurrent_trials
+from cluster.packing import FORWARD_TOKENS, PackPlan, pack_plan
+from cluster.placement import split_global_batch
+from cluster.strategy import Way, Workload
+from orchestration.memory_rule import asked_of, needs_of, trial_demand, worker_places
 from orchestration.models import config_path
-from orchestration.planning import epoch_examples
+from orchestration.planning import batch_sizes, epoch_examples, row_tokens
 from trainers.paths import read_json
 from trainers.speed import cpu_name, read_speed, speed_path
 
 if TYPE_CHECKING:
     from orchestration.planning import Plan
 
-DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
-
-def trial_demand(config: SweepConfig, inventory: Inventory) -> TrialDemand:
-    """What one worker group reserves on a cluster (engine solo: one trial)."""
-    gpus = config.gpus_per_worker
-    if gpus == "auto":
-        gpus = 1 if inventory.num_gpus else 0
-    return TrialDemand(
-        num_workers=config.workers_per_trial,
-        cpus_per_worker=config.cpus_per_worker,
-        gpus_per_worker=gpus,
-    )
-
-
-def plan_packs(plan: "Plan", inventory: Inventory, max_tokens: int | None = None) -> PackPlan:
+def plan_packs(
+    plan: "Plan",
+    inventory: Inventory,
+    max_tokens: int | None = None,
+    way: Way | None = None,
+    assumed_tokens: int | None = None,
+) -> PackPlan:
     """Groups and places of a sweep on a cluster.
 
     Args:
+        assumed_tokens: of a forward on machines that are not here, so that nothing was measured there.
         max_tokens: of a forward, as a worker measured it; None: from an earlier measurement on this
             machine, else the default of its kind.
+        way: how the base is held and shared, where that was decided before.
 
     Raises:
         ValueError: the cluster is too small for one group, or a worker for one adapter.
     """
     config, demand = plan.config, trial_demand(plan.config, inventory)
-    max_groups = max_concurrent_trials(demand, inventory)
-    measured = max_tokens or measured_tokens(plan, demand)
-    num_trials = len(plan.pruned.admitted) + plan.num_proposed
-    groups = min(max_groups, num_trials)
+    max_concurrent_trials(demand, inventory)  # told in these words before any bytes
+    sharded = config.strategy == "zero3" or (way is not None and way.strategy == "zero3")
+    here = assumed_tokens is None and not sharded
+    measured = max_tokens or (measured_tokens(plan, demand) if here else None)
     kind = "gpu" if demand.gpus_per_worker else "cpu"
+    places = worker_places(demand, inventory)
+    rank, target = largest_adapter(plan)
     return pack_plan(
-        _memory(plan, demand, room_per_worker(demand, groups, inventory)),
-        num_trials=num_trials,
-        max_groups=max_groups,
-        max_tokens=measured or FORWARD_TOKENS[kind],
-        tokens_per_step=tokens_per_step(plan),
+        needs_of(config, plan.shape, target, on_gpu=bool(demand.gpus_per_worker)),
+        workload_of(plan, rank),
+        places,
+        asked_of(config),
+        max_groups=places.num_gpus or places.num_cpus,
+        max_tokens=measured or assumed_tokens or FORWARD_TOKENS[kind],
+        tokens_per_row=tokens_per_row(plan),
         measured=measured is not None,
         pack_size=config.pack_size,
+        way=way,
     )
 
 
-def _memory(plan: "Plan", demand: TrialDemand, room_bytes: int | None) -> WorkerMemory:
-    config = plan.config
-    default = "bf16" if demand.gpus_per_worker else "fp32"
-    dtype = default if config.dtype == "auto" else config.dtype
-    rank, target = largest_adapter(plan)
-    return worker_memory(
-        plan.shape,
-        quantized=config.quantization == "nf4",
-        dtype_bytes=DTYPE_BYTES[dtype],
-        lora_rank=rank,
-        target=target,
-        room_bytes=room_bytes,
+def workload_of(plan: "Plan", lora_rank: int) -> Workload:
+    """What a pack of the plan holds at its largest."""
+    return Workload(
+        lora_rank=lora_rank,
+        row_tokens=longest_row(plan),
+        global_batch_sizes=tuple(sorted(batch_sizes_of(plan))),
+        num_trials=len(plan.pruned.admitted) + plan.num_proposed,
+        quantized=plan.config.quantization == "nf4",
+        dropout=any(rate > 0 for rate in plan.space.dropout.options),
     )
+
+
+def batch_sizes_of(plan: "Plan") -> set[int]:
+    """Every global batch size that a trial of the plan may have."""
+    return batch_sizes(plan.space, plan.config, plan.pruned)
+
+
+def longest_row(plan: "Plan") -> int:
+    """Tokens of the longest row."""
+    return row_tokens(plan.config, plan.shape, plan.data_spec, plan.audit)
 
 
 def largest_adapter(plan: "Plan") -> tuple[int, tuple[str, ...]]:
@@ -84,25 +86,39 @@ def largest_adapter(plan: "Plan") -> tuple[int, tuple[str, ...]]:
     return max(asked, key=lambda pair: plan.shape.lora_params(*pair))
 
 
-def tokens_per_step(plan: "Plan") -> int:
-    """Tokens of the smallest global batch of the sweep on one worker."""
-    assert plan.audit is not None
-    sizes = {candidate.global_batch_size for candidate in plan.pruned.admitted}
-    smallest = min(sizes or set(plan.space.global_batch_size.options))
-    rows = -(-smallest // plan.config.workers_per_trial)
-    return max(1, rows * plan.audit.num_train_tokens // epoch_examples(plan.config, plan.audit))
+def tokens_per_row(plan: "Plan") -> float:
+    """Mean tokens of a training row; of a plan without data its longest."""
+    if plan.audit is None:
+        return longest_row(plan)
+    return plan.audit.num_train_tokens / epoch_examples(plan.config, plan.audit)
 
 
-def measurement(plan: "Plan", demand: TrialDemand) -> dict[str, Any]:
-    """What a worker must know to measure its forward, or to find it measured."""
+def batch_splits(plan: "Plan", packs: PackPlan) -> list[dict[str, int]]:
+    """How each global batch size is cut at the longest row: micro-batch x accumulation x workers is it
+    exactly. Shorter rows go into fewer forwards."""
+    rows = max(1, packs.max_tokens // longest_row(plan))
+    most = min(rows, plan.config.micro_batch_size or rows)
+    splits = []
+    for size in sorted(batch_sizes_of(plan)):
+        split = split_global_batch(size, packs.workers_per_group, most)
+        splits.append({"global_batch_size": size, **vars(split)})
+    return splits
+
+
+def measurement(plan: "Plan", demand: TrialDemand, *, recomputed: bool = False) -> dict[str, Any]:
+    """What a worker must know to measure its forward, or to find it measured.
+
+    Args:
+        recomputed: with gradient checkpointing.
+    """
     assert plan.data_spec is not None
     assert plan.audit is not None
     config = plan.config
     gpus = demand.gpus_per_worker
     share = f" x {gpus:g}" if gpus < 1 else ""
     device = f"gpu{share}" if gpus else f"{cpu_name()} x {demand.cpus_per_worker}"
-    seq_len = plan.data_spec.seq_len
-    longest = seq_len if config.packing else min(plan.audit.max_row_tokens, seq_len)
+    longest = longest_row(plan)
+    again = {"gradient_checkpointing": True} if recomputed else {}
     return {
         "path": str(
             speed_path(
@@ -112,6 +128,7 @@ def measurement(plan: "Plan", demand: TrialDemand) -> dict[str, Any]:
                 quantization=config.quantization,
                 dtype=config.dtype,
                 row_tokens=longest,
+                **again,
             )
         ),
         "lora_rank": largest_adapter(plan)[0],
@@ -130,28 +147,3 @@ def measured_tokens(plan: "Plan", demand: TrialDemand) -> int | None:
 def is_trainable(plan: "Plan") -> bool:
     """Whether a plan has data and a base on this disk or in the hub's cache, not a bare config."""
     return plan.audit is not None and not Path(plan.config.model).is_file()
-
-
-def local_packs(plan: "Plan") -> dict[str, Any] | None:
-    """The packs that a sweep would have on this machine, or {"refused": why}; None where the plan has
-    no data, the engine no packs, or the sweep another cluster."""
-    config = plan.config
-    if plan.audit is None or config.engine != "packed" or config.address is not None:
-        return None
-    inventory = local_inventory()
-    try:
-        packs = plan_packs(plan, inventory)
-    except ValueError as error:
-        return {"refused": str(error)}
-    return vars(packs) | {"workers_per_group": config.workers_per_trial}
-
-
-def packs_sentence(packs: dict[str, Any]) -> str:
-    """The packs in one line."""
-    if "refused" in packs:
-        return f"packs: none on this machine: {packs['refused']}"
-    kept = "; NF4 weights kept dequantized (same numbers, no repeated work)"
-    return (
-        f"packs: {packs['num_groups']} group(s) of {packs['workers_per_group']} worker(s), up to "
-        f"{packs['places']} adapters each: {packs['reason']}{kept if packs['keep_dequantized'] else ''}"
-    )

@@ -21,8 +21,8 @@ from orchestration.forgetting import (
     retention_text,
 )
 from orchestration.measured import capacity_sentence
-from orchestration.packs import packs_sentence
 from orchestration.page import Card, charts, frame, section, table, tiles
+from orchestration.placing import packs_sentence
 from orchestration.results import TrialRecord, best_trial, read_trials
 from orchestration.show import cut_ranks
 from orchestration.show_audit import data_text, short_cells

@@ -108,6 +108,7 @@ class TargetDomain:
         dropouts: dropouts that can be trained on this target.
         cut_dropouts: dropouts that cannot.
         sufficient_rank: smallest rank that holds the data.
+        unfit_lora_ranks: ranks that hold the data and have no room in memory.
     """
 
     target: tuple[str, ...]
@@ -116,6 +117,7 @@ class TargetDomain:
     dropouts: tuple[float, ...]
     cut_dropouts: tuple[float, ...]
     sufficient_rank: int
+    unfit_lora_ranks: tuple[int, ...] = ()
 
     @property
     def admissible(self) -> bool:

@@ -4,8 +4,8 @@ Capacity is monotone in the rank, so it is decided once per target, as the small
 rank; judging a candidate is then a look-up.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, overload
 
 from search_spaces.architecture import ModelShape
@@ -16,6 +16,8 @@ from search_spaces.domains import SearchSpace, TargetDomain
 Policy = Literal["discard", "advisory"]
 CAPACITY = "capacity"
 EXPERT_DROPOUT = "expert_dropout"
+MEMORY = "memory"
+"""The rule of cluster/, which this package cannot see: its numbers hold needed_bytes and room_bytes."""
 
 
 class NothingAdmittedError(ValueError):
@@ -28,7 +30,7 @@ class Discarded:
 
     Attributes:
         candidate: as it was proposed.
-        rule: 'capacity' or 'expert_dropout'.
+        rule: 'capacity', 'expert_dropout', or the name of a rule from outside ('memory').
         reason: one sentence for a person.
         numbers: what the sentence says, for plan.json; shared between equal verdicts.
     """
@@ -40,10 +42,18 @@ class Discarded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Verdict:
+class Verdict:
+    """Why a candidate does not run: as in Discarded."""
+
     rule: str
     reason: str
     numbers: Mapping[str, int | float]
+
+
+OutsideRule = Callable[["Candidate"], Verdict | None]
+"""Why a candidate cannot run, or None."""
+FitRule = Callable[[int, tuple[str, ...]], Verdict | None]
+"""Why an adapter of a rank on a target has no room, or None."""
 
 
 class DiscardedList(Sequence[Discarded]):
@@ -55,14 +65,14 @@ class DiscardedList(Sequence[Discarded]):
 
     def __init__(self) -> None:
         self._candidates: list[Candidate] = []
-        self._verdicts: list[_Verdict] = []
+        self._verdicts: list[Verdict] = []
 
-    def add(self, candidate: Candidate, verdict: _Verdict) -> None:
+    def add(self, candidate: Candidate, verdict: Verdict) -> None:
         """For `prune` alone."""
         self._candidates.append(candidate)
         self._verdicts.append(verdict)
 
-    def verdicts(self) -> list[_Verdict]:
+    def verdicts(self) -> list[Verdict]:
         """The different verdicts, in order of first appearance."""
         return list({id(verdict): verdict for verdict in self._verdicts}.values())
 
@@ -105,6 +115,7 @@ def prune(
     shape: ModelShape,
     dataset_bits: Real,
     policy: str = "discard",
+    outside: OutsideRule | None = None,
 ) -> PruneResult:
     """Candidates, admitted or discarded and why.
 
@@ -113,6 +124,7 @@ def prune(
         shape: the model.
         dataset_bits: bits of the data (in RL episodes x 1), >= 0.
         policy: 'discard', or 'advisory': capacity is an estimate, what it would cut still runs.
+        outside: a rule that needs to know more than shape and data; asked for what the others admit.
 
     Raises:
         NothingAdmittedError: there were candidates and none is admitted.
@@ -126,11 +138,13 @@ def prune(
     discarded, advised = DiscardedList(), DiscardedList()
     for candidate in candidates:
         verdict = judge.verdict(candidate)
-        if verdict is None:
+        advice = verdict if verdict and policy == "advisory" and verdict.rule == CAPACITY else None
+        if outside is not None and (verdict is None or advice):
+            verdict, advice = (found, None) if (found := outside(candidate)) else (verdict, advice)
+        if advice:
+            advised.add(candidate, advice)
+        if verdict is None or advice:
             admitted.append(candidate)
-        elif policy == "advisory" and verdict.rule == CAPACITY:
-            admitted.append(candidate)
-            advised.add(candidate, verdict)
         else:
             discarded.add(candidate, verdict)
     if discarded and not admitted:
@@ -145,9 +159,9 @@ class _Judge:
         self._shape = shape
         self._bits = bits
         self._sufficient: dict[tuple[str, ...], int] = {}
-        self._verdicts: dict[tuple[tuple[str, ...], int, float], _Verdict | None] = {}
+        self._verdicts: dict[tuple[tuple[str, ...], int, float], Verdict | None] = {}
 
-    def verdict(self, candidate: Candidate) -> _Verdict | None:
+    def verdict(self, candidate: Candidate) -> Verdict | None:
         """Why the candidate is cut, or None."""
         if candidate.full_finetune:
             return None
@@ -158,7 +172,7 @@ class _Judge:
             verdict = self._verdicts[key] = self.work_out(*key)
             return verdict
 
-    def work_out(self, target: tuple[str, ...], rank: int, dropout: float) -> _Verdict | None:
+    def work_out(self, target: tuple[str, ...], rank: int, dropout: float) -> Verdict | None:
         """The verdict for one point of the keys that are judged."""
         if dropout > 0 and _has_experts(self._shape, target):
             return _dropout_verdict(target, dropout)
@@ -173,8 +187,8 @@ def _has_experts(shape: ModelShape, target: tuple[str, ...]) -> bool:
     return any(linear.component == "experts" for linear in shape.resolve_target(target))
 
 
-def _dropout_verdict(target: tuple[str, ...], dropout: float) -> _Verdict:
-    return _Verdict(
+def _dropout_verdict(target: tuple[str, ...], dropout: float) -> Verdict:
+    return Verdict(
         rule=EXPERT_DROPOUT,
         reason=f"dropout {dropout:g} on {'+'.join(target)}: fused experts are parameters, on which "
         "PEFT allows no dropout; set dropout: 0",
@@ -182,10 +196,10 @@ def _dropout_verdict(target: tuple[str, ...], dropout: float) -> _Verdict:
     )
 
 
-def _capacity_verdict(shape: ModelShape, target: tuple[str, ...], rank: int, bits: int) -> _Verdict:
+def _capacity_verdict(shape: ModelShape, target: tuple[str, ...], rank: int, bits: int) -> Verdict:
     check = check_capacity(shape, rank, bits, target)
     useful = shape.max_useful_lora_rank(target)
-    return _Verdict(
+    return Verdict(
         rule=CAPACITY,
         reason=f"UNDERCAPACITY: rank {rank} on {'+'.join(target)} holds "
         f"{check.adapter_bits:,} bits ({check.adapter_params:,} params x 2) "
@@ -204,11 +218,15 @@ def _capacity_verdict(shape: ModelShape, target: tuple[str, ...], rank: int, bit
 
 
 def cut_rank_domain(
-    space: SearchSpace, shape: ModelShape, dataset_bits: Real, policy: str = "discard"
+    space: SearchSpace,
+    shape: ModelShape,
+    dataset_bits: Real,
+    policy: str = "discard",
+    fits: FitRule | None = None,
 ) -> tuple[TargetDomain, ...]:
     """What is left of the ranks and dropouts for each target, before a searcher samples.
 
-    Args: as `prune`; under 'advisory' no rank is cut.
+    Args: as `prune`; under 'advisory' capacity cuts no rank. fits: which ranks have room on a target.
 
     Returns:
         One domain for each target of the space, in its order, inadmissible ones included.
@@ -219,12 +237,14 @@ def cut_rank_domain(
     """
     advisory = _check_policy(policy) == "advisory"
     bits = whole_bits(dataset_bits)
-    domains = tuple(_cut_target(space, shape, bits, t, advisory) for t in space.target.options)
+    domains = tuple(
+        _fitting(_cut_target(space, shape, bits, t, advisory), fits) for t in space.target.options
+    )
     if not any(domain.admissible for domain in domains):
         # The grid of the cut keys alone holds every verdict, with its numbers.
         judge = _Judge(shape, bits)
         verdicts = (
-            judge.work_out(target, rank, dropout)
+            judge.work_out(target, rank, dropout) or (fits and fits(rank, target))
             for target in space.target.options
             for rank in space.lora_rank.options
             for dropout in space.dropout.options
@@ -250,15 +270,28 @@ def _cut_target(
     )
 
 
+def _fitting(domain: TargetDomain, fits: FitRule | None) -> TargetDomain:
+    """The domain without the ranks that have no room: all above the largest that has."""
+    if fits is None:
+        return domain
+    unfit = {rank for rank in domain.lora_ranks if fits(rank, domain.target)}
+    kept = tuple(rank for rank in domain.lora_ranks if rank not in unfit)
+    return replace(domain, lora_ranks=kept, unfit_lora_ranks=tuple(sorted(unfit)))
+
+
 def _check_policy(policy: str) -> Policy:
     if policy == "discard" or policy == "advisory":
         return policy
     raise ValueError(f"capacity_policy must be 'discard' or 'advisory', got {policy!r}")
 
 
-def _nothing_message(discarded: Sequence[_Verdict]) -> str:
+def _nothing_message(discarded: Sequence[Verdict]) -> str:
     """The numbers of the candidate that came nearest, and what may be done."""
     by_capacity = [item for item in discarded if item.rule == CAPACITY]
+    without_room = [item for item in discarded if item.rule == MEMORY]
+    if without_room:  # they hold the data: what is missing is memory
+        nearest = min(without_room, key=lambda item: item.numbers["needed_bytes"])
+        return f"nothing admitted: no candidate fits in memory; the nearest: {nearest.reason}"
     if not by_capacity:
         return f"nothing admitted: {discarded[0].reason}"
     best = max(by_capacity, key=lambda item: item.numbers["margin"])

@@ -8,7 +8,8 @@ import pytest
 from cluster.inventory import Inventory
 from orchestration.cli import main
 from orchestration.config import make_config
-from orchestration.packs import local_packs, measurement, packs_sentence, plan_packs, trial_demand
+from orchestration.packs import measurement, plan_packs, trial_demand
+from orchestration.placing import packs_sentence, shown_packs
 from orchestration.planning import make_plan
 from trainers.paths import write_json
 
@@ -50,15 +51,15 @@ def test_plan_packs_measured_forward_is_found_again(planned):
 
 
 def test_plan_packs_base_that_no_worker_holds_is_refused(planned):
-    with pytest.raises(ValueError, match="a worker must hold the base"):
+    with pytest.raises(ValueError, match=r"needs .* GB a worker"):
         plan_packs(planned(), machine(1, memory_bytes=1_000_000))
 
 
 @pytest.mark.parametrize(
     "values", [{"engine": "solo"}, {"address": "10.0.0.1:6379"}], ids=["solo", "cluster"]
 )
-def test_local_packs_are_stated_where_they_are_known(planned, values):
-    assert local_packs(planned(**values)) is None
+def test_shown_packs_are_stated_where_they_are_known(planned, values):
+    assert shown_packs(planned(**values)) is None
 
 
 def test_packs_sentence_is_in_plan_and_in_its_json(planned, write_sweep, capsys):

@@ -1,0 +1,145 @@
+"""What a config asks of memory, and the rule that discards what cannot fit. Imports neither torch nor ray."""
+
+from dataclasses import replace
+from functools import lru_cache
+
+from cluster.inventory import Inventory, TrialDemand
+from cluster.packing import FORWARD_TOKENS, worker_needs
+from cluster.strategy import Asked, DoesNotFitError, Needs, Workload, choose
+from orchestration.config import SweepConfig
+from search_spaces.architecture import ModelShape
+from search_spaces.candidate import Candidate
+from search_spaces.domains import SearchSpace
+from search_spaces.pruner import MEMORY, Verdict
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+
+
+def trial_demand(
+    config: SweepConfig, inventory: Inventory, num_workers: int | None = None
+) -> TrialDemand:
+    """What one worker group reserves on a cluster (engine solo: one trial).
+
+    Args:
+        num_workers: as the plan of packs has it; None: what the config says, else 1.
+    """
+    gpus = config.gpus_per_worker
+    if gpus == "auto":
+        gpus = 1 if inventory.num_gpus else 0
+    asked = 1 if config.workers_per_trial == "auto" else config.workers_per_trial
+    return TrialDemand(
+        num_workers=num_workers or asked,
+        cpus_per_worker=config.cpus_per_worker,
+        gpus_per_worker=gpus,
+    )
+
+
+def worker_places(demand: TrialDemand, inventory: Inventory) -> Inventory:
+    """The inventory counted in workers: how many can stand, and the memory of each."""
+    by_cpu = inventory.num_cpus // demand.cpus_per_worker
+    if not demand.gpus_per_worker:
+        return replace(inventory, num_cpus=by_cpu, num_gpus=0, gpu_bytes=None)
+    share = min(1.0, demand.gpus_per_worker)
+    on_gpus = inventory.num_gpus * int(round(1 / share, 6))  # rounded: 1 // 0.1 is 9
+    gpu_bytes = inventory.gpu_bytes
+    return replace(
+        inventory,
+        num_gpus=min(by_cpu, on_gpus),
+        gpu_bytes=None if gpu_bytes is None else int(gpu_bytes * share),
+    )
+
+
+def asked_of(config: SweepConfig) -> Asked:
+    """What of the placement the user fixed."""
+    workers, again = config.workers_per_trial, config.gradient_checkpointing
+    share = config.gpus_per_worker
+    shared = share != "auto" and 0 < share < 1
+    return Asked(
+        num_workers=(1 if shared else None) if workers == "auto" else workers,
+        strategy=None if config.strategy == "auto" else config.strategy,
+        gradient_checkpointing=None if again == "auto" else again,
+    )
+
+
+def needs_of(
+    config: SweepConfig, shape: ModelShape, target: tuple[str, ...], *, on_gpu: bool
+) -> Needs:
+    """Bytes of a worker.
+
+    Args:
+        target: of the adapter with most parameters.
+    """
+    return worker_needs(
+        shape,
+        target=target,
+        compute_bytes=compute_bytes(config, on_gpu=on_gpu),
+        on_gpu=on_gpu,
+        packing=config.packing,
+    )
+
+
+def compute_bytes(config: SweepConfig, *, on_gpu: bool) -> int:
+    """Bytes of a number of the compute type, as workers will resolve dtype: auto."""
+    default = "bf16" if on_gpu else "fp32"
+    return DTYPE_BYTES[default if config.dtype == "auto" else config.dtype]
+
+
+class MemoryRule:
+    """Discards what no worker of an inventory can hold, alone and in the shortest forward.
+
+    Args:
+        row_tokens: of the longest row.
+    """
+
+    def __init__(
+        self,
+        config: SweepConfig,
+        shape: ModelShape,
+        space: SearchSpace,
+        row_tokens: int,
+        inventory: Inventory,
+    ) -> None:
+        self.config, self.shape, self.space = config, shape, space
+        demand = trial_demand(config, inventory)
+        self.on_gpu, self.places = bool(demand.gpus_per_worker), worker_places(demand, inventory)
+        self.row_tokens, self.asked = row_tokens, asked_of(config)
+        self._verdict = lru_cache(maxsize=None)(self._work_out)
+
+    def by_candidate(self, candidate: Candidate) -> Verdict | None:
+        """Why a candidate has no room, or None; full fine-tuning is the studies' matter."""
+        if candidate.full_finetune:
+            return None
+        sizes = (candidate.global_batch_size,)
+        return self._verdict(candidate.lora_rank, candidate.target, sizes, candidate.dropout > 0)
+
+    def by_rank(self, lora_rank: int, target: tuple[str, ...]) -> Verdict | None:
+        """Why an adapter has no room in any batch of the space, or None."""
+        dropout = any(rate > 0 for rate in self.space.dropout.options)
+        sizes = tuple(self.space.global_batch_size.options)
+        return self._verdict(lora_rank, target, sizes, dropout)
+
+    def _work_out(
+        self, lora_rank: int, target: tuple[str, ...], sizes: tuple[int, ...], dropout: bool
+    ) -> Verdict | None:
+        workload = Workload(
+            lora_rank=lora_rank,
+            row_tokens=self.row_tokens,
+            global_batch_sizes=sizes,
+            num_trials=1,
+            quantized=self.config.quantization == "nf4",
+            dropout=dropout,
+        )
+        needs = needs_of(self.config, self.shape, target, on_gpu=self.on_gpu)
+        wanted = FORWARD_TOKENS["gpu" if self.on_gpu else "cpu"]
+        try:
+            choose(needs, workload, self.places, self.asked, wanted_tokens=wanted)
+        except DoesNotFitError as error:
+            numbers = {
+                "lora_rank": lora_rank,
+                "needed_bytes": error.needed_bytes,
+                "room_bytes": error.room_bytes,
+            }
+            return Verdict(
+                rule=MEMORY, reason=f"OUT OF MEMORY: {'+'.join(target)}: {error}", numbers=numbers
+            )
+        return None
