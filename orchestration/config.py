@@ -15,9 +15,11 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
+from cluster.gpus import parse_inventory
 from search_spaces.values import parse_domain, parse_targets
 
 
@@ -34,11 +36,25 @@ class LogRange(BaseModel):
     num: int = Field(ge=1)
 
 
+class CarriedFrom(BaseModel):
+    """{from: runs/SMALL}: the learning rate that was best there, carried to this model's width."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    folder: str = Field(alias="from")
+
+    @model_serializer
+    def _as_written(self) -> dict[str, str]:
+        return {"from": self.folder}
+
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction01 = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 COUNTS = ("lora_rank", "global_batch_size", "examples", "seed", "dataset_tokens")
 EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")
+URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
+MAYBE_SWITCHES = ("gradient_checkpointing",)
+"""Keys that are true, false or a word."""
 FOLDER_NAME = re.compile(r"^\w[\w.+-]*$")
 
 
@@ -86,7 +102,9 @@ class SweepConfig(BaseModel):
     lora_alpha: float | list[float] | LogRange | None = None
     target: str | list[str] | list[list[str]] | None = None
     """Components (attn, mlp, experts, unembed) or layer names; a list of lists sweeps over them."""
-    lr_prior: Literal["doctrine", "tinker"] | Positive = "doctrine"
+    lr_prior: Literal["doctrine", "tinker"] | Positive | CarriedFrom = "doctrine"
+    """A law, the LoRA learning rate itself, or {from: runs/SMALL}: a finished sweep or study whose best
+    learning rate is carried to this model's width."""
     size_class: str | None = None
     """Row of the doctrine's rank table, e.g. 7-8B; default: by parameter count."""
     full_ft_learning_rate: Positive | None = None
@@ -127,7 +145,13 @@ class SweepConfig(BaseModel):
     quantization: Literal["nf4", "none"] = "nf4"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the GPU has it, else fp32."""
-    workers_per_trial: PositiveInt = 1
+    strategy: Literal["auto", "single", "ddp", "zero3"] = "auto"
+    """How the workers of a pack share it: single: one worker; ddp: the whole base on each; zero3: each
+    holds its part of the base. auto: the simplest that fits the memory."""
+    workers_per_trial: PositiveInt | Literal["auto"] = "auto"
+    """Workers that train one pack (engine solo: one trial); auto: from the plan."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Layers are computed again in the backward pass; auto: where memory is short."""
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: Literal["auto", 0, 1] | Annotated[float, Field(gt=0, lt=1)] = "auto"
     """auto: 1 where the cluster has GPUs; 0.25: four small trainings share one."""
@@ -135,6 +159,10 @@ class SweepConfig(BaseModel):
     """Most rows of one adapter in a forward; default: as many as the forward's tokens allow."""
     engine: Literal["packed", "solo"] = "packed"
     """packed: warm workers train many adapters at once; solo: every trial on workers of its own."""
+    inventory: str | None = None
+    """GPUs to plan for, e.g. 8xH100-80GB or 2x8xA100-40GB; default: those of this machine or cluster."""
+    price_per_gpu_hour: Positive | None = None
+    """What an hour of one GPU costs, in the user's currency: the plan then names a price."""
     pack_size: PositiveInt | None = None
     """Adapters of a worker group; default: from memory and measured step time."""
     address: str | None = None
@@ -154,17 +182,29 @@ class SweepConfig(BaseModel):
         # pydantic would take `yes` for 1, and report one problem per alternative of a union.
         key = str(info.field_name)
         is_switch = cls.model_fields[key].annotation is bool
-        if isinstance(value, bool) != is_switch:
+        if isinstance(value, bool) != is_switch and key not in MAYBE_SWITCHES:
             must = "must" if is_switch else "must not"
             raise ValueError(f"{key} {must} be true or false, got {value!r}")
         if key == "data":
             _check_data(value)
+        if key == "lr_prior":
+            _check_prior(value)
         if key in COUNTS:
             value = _whole(value)
         if value is not None and key == "target":
             parse_targets(value)
         elif value is not None and key in SPACE_KEYS:
             parse_domain(key, value)
+        return value
+
+    @field_validator("storage")
+    @classmethod
+    def _folder(cls, value: str) -> str:
+        if URL.match(value):
+            raise ValueError(
+                f"storage must be a folder that all nodes share, got the URL {value}; mount the object store "
+                "(gcsfuse, mountpoint-s3) on every node and give the folder"
+            )
         return value
 
     @field_validator("name")
@@ -184,15 +224,37 @@ class SweepConfig(BaseModel):
             )
         if self.epochs is not None and self.examples is not None:
             raise ValueError("give epochs or examples, not both")
-        share = self.gpus_per_worker
-        if share != "auto" and 0 < share < 1 and self.workers_per_trial > 1:
+        share, workers = self.gpus_per_worker, self.workers_per_trial
+        if share != "auto" and 0 < share < 1 and workers != "auto" and workers > 1:
             raise ValueError(
                 f"gpus_per_worker below 1 is for one worker a trial, got {share} and workers_per_trial "
-                f"{self.workers_per_trial}; two workers of one trial cannot share a GPU"
+                f"{workers}; two workers of one trial cannot share a GPU"
             )
+        self._require_strategy()
         if self.search != "grid" and self.num_candidates is None:
             raise ValueError(f"search: {self.search} needs num_candidates")
         return self
+
+    def _require_strategy(self) -> None:
+        workers, share = self.workers_per_trial, self.gpus_per_worker
+        if self.strategy == "single" and workers not in ("auto", 1):
+            raise ValueError(
+                f"strategy: single is one worker, got workers_per_trial {workers}; set strategy: ddp"
+            )
+        if self.strategy in ("ddp", "zero3") and (
+            workers == 1 or (share != "auto" and 0 < share < 1)
+        ):
+            raise ValueError(
+                f"strategy: {self.strategy} needs workers_per_trial of at least 2 and whole GPUs, got "
+                f"workers_per_trial {workers} and gpus_per_worker {share}"
+            )
+        if self.strategy == "zero3" and self.gradient_checkpointing is False:
+            raise ValueError(
+                "strategy: zero3 computes layers again in the backward pass, got gradient_checkpointing "
+                "false; leave it out"
+            )
+        if self.inventory is not None:
+            parse_inventory(self.inventory)
 
 
 SPACE_KEYS = (
@@ -235,6 +297,16 @@ def _check_data(value: Any) -> None:
         raise ValueError(
             "data must be a file, folder or hub id, or several with weights above 0 "
             f"({{a.jsonl: 1, b.jsonl: 0.5}}), got {value!r}"
+        )
+
+
+def _check_prior(value: Any) -> None:
+    if not isinstance(value, dict):
+        return
+    folder = value.get("from")
+    if set(value) != {"from"} or not isinstance(folder, str) or not folder:
+        raise ValueError(
+            f"lr_prior must be doctrine, tinker, a number > 0, or {{from: runs/NAME}}, got {value!r}"
         )
 
 

@@ -9,16 +9,18 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.inventory import Inventory
 from cluster.placement import split_global_batch
-from orchestration.config import SweepConfig, space_overrides
+from orchestration.config import CarriedFrom, SweepConfig, space_overrides
 from orchestration.measured import Capacity, make_capacity
+from orchestration.memory_rule import MemoryRule
 from orchestration.models import model_shape
 from search_spaces import pitfalls
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate, grid_candidates, random_candidates, trial_name
 from search_spaces.capacity import check_capacity
 from search_spaces.domains import LogUniform, SearchSpace, TargetDomain
-from search_spaces.pruner import Discarded, PruneResult, cut_rank_domain, prune
+from search_spaces.pruner import Discarded, FitRule, PruneResult, cut_rank_domain, prune
 from search_spaces.space import DatasetFacts, build_space
 
 if TYPE_CHECKING:
@@ -46,7 +48,8 @@ class Plan:
     """A resolved sweep. budget and audit are None where only dataset_tokens was given; domains is
     what capacity left of the ranks before a search draws, empty for a grid; num_proposed is how many
     candidates Optuna will propose while the sweep runs, 0 for another search; retention is what
-    `retention_facts` gives."""
+    `retention_facts` gives; inventory is what candidates were judged by that memory cannot hold, None where
+    nobody said where the sweep is to run."""
 
     name: str
     config: SweepConfig
@@ -63,13 +66,19 @@ class Plan:
     num_proposed: int
     pitfalls: tuple[pitfalls.Pitfall, ...]
     budget: Budget | None
+    inventory: Inventory | None
 
 
-def make_plan(config: SweepConfig, known: "BaseLoss | None" = None) -> Plan:
+def make_plan(
+    config: SweepConfig,
+    known: "BaseLoss | None" = None,
+    inventory: Inventory | None = None,
+) -> Plan:
     """Resolves a config: shape, dataset bits, space, every candidate judged, pitfalls.
 
     Args:
         known: the base's loss as an earlier plan of the same sweep measured it.
+        inventory: where it is to run: what cannot fit there is discarded. None: nobody has said.
     Raises:
         ValueError: what cannot be planned, in one line; NothingAdmittedError where no candidate can
             hold the data.
@@ -81,20 +90,20 @@ def make_plan(config: SweepConfig, known: "BaseLoss | None" = None) -> Plan:
     capacity = make_capacity(config, data_spec, tokens, known)
     rows = epoch_examples(config, audit) if audit else None
     facts = DatasetFacts.from_tokens(tokens, capacity.bits_per_token, rows)
-    space = build_space(
-        shape,
-        config.method,
-        facts,
-        space_overrides(config),
-        lr_prior=config.lr_prior,
-        full_ft_learning_rate=config.full_ft_learning_rate,
-        size_class=config.size_class,
-    )
-    domains = rank_domains(space, config, shape, facts.bits)
+    space = make_space(config, shape, facts)
+    memory = _memory_rule(config, shape, space, data_spec, audit, inventory)
+    domains = rank_domains(space, config, shape, facts.bits, memory.by_rank if memory else None)
     proposed = candidates(space, config, domains)
-    pruned = prune(proposed, shape, facts.bits, policy=config.capacity_policy)
-    for batch_size in batch_sizes(space, config, pruned):
-        split_global_batch(batch_size, config.workers_per_trial, 1)
+    pruned = prune(
+        proposed,
+        shape,
+        facts.bits,
+        policy=config.capacity_policy,
+        outside=memory.by_candidate if memory else None,
+    )
+    if config.workers_per_trial != "auto":
+        for batch_size in batch_sizes(space, config, pruned):
+            split_global_batch(batch_size, config.workers_per_trial, 1)
     found = pitfalls.find(
         shape=shape,
         space=space,
@@ -118,6 +127,51 @@ def make_plan(config: SweepConfig, known: "BaseLoss | None" = None) -> Plan:
         num_proposed=num_proposed(space, config, domains or ()),
         pitfalls=tuple(found),
         budget=make_budget(config, audit) if audit else None,
+        inventory=inventory,
+    )
+
+
+def _memory_rule(
+    config: SweepConfig,
+    shape: ModelShape,
+    space: SearchSpace,
+    data_spec: "DataSpec | None",
+    audit: "Audit | None",
+    inventory: Inventory | None,
+) -> MemoryRule | None:
+    if inventory is None:
+        return None
+    row = row_tokens(config, shape, data_spec, audit)
+    return MemoryRule(config, shape, space, row, inventory)
+
+
+def row_tokens(
+    config: SweepConfig, shape: ModelShape, data_spec: "DataSpec | None", audit: "Audit | None"
+) -> int:
+    """Tokens of the longest row that a forward may meet."""
+    longest = data_spec.seq_len if data_spec else seq_len_of(config, shape)
+    return longest if audit is None or config.packing else min(audit.max_row_tokens, longest)
+
+
+def make_space(config: SweepConfig, shape: ModelShape, facts: DatasetFacts) -> SearchSpace:
+    """The search space of a config.
+
+    Raises:
+        ValueError: as `build_space`, or a run that lr_prior cannot be carried from.
+    """
+    prior = config.lr_prior
+    if isinstance(prior, CarriedFrom):
+        from orchestration.carried import prior_from  # the fits of the studies: few plans need them
+
+        prior = prior_from(prior, config, shape, facts)
+    return build_space(
+        shape,
+        config.method,
+        facts,
+        space_overrides(config),
+        lr_prior=prior,
+        full_ft_learning_rate=config.full_ft_learning_rate,
+        size_class=config.size_class,
     )
 
 
@@ -127,12 +181,7 @@ def make_data_spec(config: SweepConfig, shape: ModelShape) -> "DataSpec":
     from trainers.data.spec import DataSpec
     from trainers.data.tokenizer import tokenizer_folder
 
-    context = shape.max_position_embeddings
-    seq_len = config.seq_len or min(context or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
-    if context is not None and seq_len > context:
-        raise ValueError(
-            f"seq_len must be at most the model's context ({context} tokens), got {seq_len}"
-        )
+    seq_len = seq_len_of(config, shape)
     assert config.data is not None
     return DataSpec(
         data=config.data,
@@ -149,6 +198,21 @@ def make_data_spec(config: SweepConfig, shape: ModelShape) -> "DataSpec":
         packing=config.packing,
         retention=config.retention,
     )
+
+
+def seq_len_of(config: SweepConfig, shape: ModelShape) -> int:
+    """The longest row in tokens: what the user gave, else the model's context, at most 1024.
+
+    Raises:
+        ValueError: more than the model's context.
+    """
+    context = shape.max_position_embeddings
+    seq_len = config.seq_len or min(context or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
+    if context is not None and seq_len > context:
+        raise ValueError(
+            f"seq_len must be at most the model's context ({context} tokens), got {seq_len}"
+        )
+    return seq_len
 
 
 def audit_of(spec: "DataSpec") -> "Audit":
@@ -178,13 +242,17 @@ def epoch_examples(config: SweepConfig, audit: "Audit") -> int:
 
 
 def rank_domains(
-    space: SearchSpace, config: SweepConfig, shape: ModelShape, bits: int
+    space: SearchSpace,
+    config: SweepConfig,
+    shape: ModelShape,
+    bits: int,
+    fits: FitRule | None = None,
 ) -> tuple[TargetDomain, ...] | None:
-    """What capacity leaves of the ranks for a search that draws, so that no draw is wasted; None for
+    """What capacity and memory leave of the ranks for a search that draws, so that no draw is wasted; None for
     a grid, whose every candidate is judged."""
     if config.search == "grid":
         return None
-    return cut_rank_domain(space, shape, bits, config.capacity_policy)
+    return cut_rank_domain(space, shape, bits, config.capacity_policy, fits)
 
 
 def candidates(
@@ -284,18 +352,36 @@ def plan_to_dict(plan: Plan, packs: dict[str, Any] | None = None) -> dict[str, A
         "capacity": plan.capacity.to_dict(),
         "capacity_policy": config.capacity_policy,
         "defaults": [note._asdict() for note in plan.space.notes],
+        "confirmation": _confirmation(plan),
         "budget": asdict(plan.budget) if plan.budget else None,
+        "inventory": asdict(plan.inventory) if plan.inventory else None,
         "seq_len": plan.data_spec.seq_len if plan.data_spec else None,
         "packing": config.packing,
         "engine": config.engine,
         "packs": packs,
         "cut_ranks": [_cut_dict(domain) for domain in plan.domains if domain.cut_lora_ranks],
+        "unfit_ranks": [
+            {"target": list(domain.target), "lora_ranks": list(domain.unfit_lora_ranks)}
+            for domain in plan.domains
+            if domain.unfit_lora_ranks
+        ],
         "num_proposed": plan.num_proposed,
         "candidates": [_candidate_dict(plan, candidate) for candidate in plan.pruned.admitted],
         "discarded": [_discarded_dict(plan, item) for item in plan.pruned.discarded],
         "advised": [_discarded_dict(plan, item) for item in plan.pruned.advised],
         "pitfalls": [asdict(pitfall) for pitfall in plan.pitfalls],
     }
+
+
+def _confirmation(plan: Plan) -> dict[str, Any] | None:
+    if plan.space.prior.interval is None:
+        return None
+    from orchestration.carried import confirmation
+
+    per_example = None
+    if plan.audit:
+        per_example = plan.audit.num_train_tokens / epoch_examples(plan.config, plan.audit)
+    return confirmation(plan.space, plan.pruned.admitted, plan.domains, plan.budget, per_example)
 
 
 def _candidate_dict(plan: Plan, candidate: Candidate) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestration.forgetting import retention_sentence
 from orchestration.measured import capacity_sentence
-from orchestration.packs import packs_sentence
+from orchestration.placing import cost_text, packs_lines
 from orchestration.show_audit import short_lines
 
 MAX_LISTED = 20
@@ -46,6 +46,7 @@ def show_plan(plan: dict[str, Any]) -> None:
         _budget,
         _packs,
         _settings,
+        confirmation_lines,
         _candidates,
         _discarded,
         _pitfalls,
@@ -91,12 +92,27 @@ def _budget(plan: dict[str, Any]) -> list[str]:
 def _packs(plan: dict[str, Any]) -> list[str]:
     if plan["engine"] == "solo":
         return ["engine solo: every trial on workers of its own"]
-    return [packs_sentence(plan["packs"])] if plan["packs"] else []
+    return packs_lines(plan["packs"]) if plan["packs"] else []
 
 
 def _settings(plan: dict[str, Any]) -> list[str]:
     rows = [(note["key"], note["value"], note["source"]) for note in plan["defaults"]]
     return ["settings", text_table(("key", "value", "source"), rows)]
+
+
+def confirmation_lines(plan: dict[str, Any]) -> list[str]:
+    """The trials that would confirm a learning rate that was carried here, where one was."""
+    if (found := plan["confirmation"]) is None:
+        return []
+    size = f" x {found['num_examples']:,} examples" if found["num_examples"] else ""
+    size += f", {found['num_tokens']:,} tokens in all" if found["num_tokens"] else ""
+    cost = (plan["packs"] or {}).get("confirmation_cost")
+    size += f", {cost_text(cost)}" if cost else ""
+    return [
+        f"confirm the carried learning rate first: {found['num_trials']} trials{size}, with these keys in "
+        "the place of the sweep's",
+        *(f"  {line}" for line in found["yaml"].splitlines()),
+    ]
 
 
 def _candidates(plan: dict[str, Any]) -> list[str]:
@@ -124,10 +140,15 @@ def _candidate_row(item: dict[str, Any], dataset_bits: int) -> tuple[str, ...]:
 def _discarded(plan: dict[str, Any]) -> list[str]:
     lines = [f"{len(plan['discarded']):,} discarded before any trial"]
     lines += [f"  cut before any draw: {sentence}" for sentence in cut_ranks(plan)]
+    lines += [f"  no room: lora_rank {_ranks(cut)}" for cut in plan["unfit_ranks"]]
     reasons = Counter(item["reason"] for item in plan["discarded"])
     lines += [f"  {count:,} x {reason}" for reason, count in reasons.items()]
     advised = dict.fromkeys(item["reason"] for item in plan["advised"])
     return lines + [f"  kept, as capacity_policy is advisory: {reason}" for reason in advised]
+
+
+def _ranks(cut: dict[str, Any]) -> str:
+    return f"{', '.join(map(str, cut['lora_ranks']))} on {'+'.join(cut['target'])}"
 
 
 def _pitfalls(plan: dict[str, Any]) -> list[str]:

@@ -11,7 +11,8 @@ class LearningRatePrior:
     """Where the learning-rate grid is centred, and why.
 
     `full_ft` and `lora` are learning rates; `extrapolated` says that the law was not checked at
-    this width; `source` is printed by the plan.
+    this width; `source` is printed by the plan; `interval` is the 95% interval of `lora` where it was
+    measured (carried_prior.py), which the grid must cover.
     """
 
     name: str
@@ -19,10 +20,11 @@ class LearningRatePrior:
     lora: float
     extrapolated: bool
     source: str
+    interval: tuple[float, float] | None = None
 
 
 def learning_rate_prior(
-    lr_prior: str | float | None = None,
+    lr_prior: str | float | LearningRatePrior | None = None,
     *,
     hidden_size: int,
     model_type: str,
@@ -33,7 +35,8 @@ def learning_rate_prior(
 
     Args:
         lr_prior: 'doctrine' (also None), 'tinker', 'user' (needs full_ft_learning_rate), or a
-            number: the LoRA learning rate ITSELF, whose FullFT counterpart is a tenth of it.
+            number: the LoRA learning rate ITSELF, whose FullFT counterpart is a tenth of it. A prior
+            that was made elsewhere is given back.
         hidden_size: model width, >= 1.
         model_type: as in config.json; only the tinker law looks at it.
         method: 'sft' or 'rl'; RL has its own level (FullFT 1e-6) and the same ratio.
@@ -45,6 +48,13 @@ def learning_rate_prior(
             number, or tinker for a family that it does not know.
     """
     doctrine.check_method(method)
+    if isinstance(lr_prior, LearningRatePrior):
+        if full_ft_learning_rate is not None:
+            raise ValueError(
+                "lr_prior {from: ...} and full_ft_learning_rate must not both set the level, got "
+                f"{full_ft_learning_rate:g}; give one"
+            )
+        return lr_prior
     if full_ft_learning_rate is not None:
         return _user_prior(lr_prior, _positive_lr("full_ft_learning_rate", full_ft_learning_rate))
     if isinstance(lr_prior, (int, float)):

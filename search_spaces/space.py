@@ -60,7 +60,7 @@ def build_space(
     dataset: DatasetFacts | None = None,
     overrides: Mapping[str, object] | None = None,
     *,
-    lr_prior: str | float | None = None,
+    lr_prior: str | float | LearningRatePrior | None = None,
     full_ft_learning_rate: float | None = None,
     size_class: str | None = None,
 ) -> SearchSpace:
@@ -160,11 +160,19 @@ def _default_learning_rates(prior: LearningRatePrior, method: str) -> LogUniform
         above = below = round(math.log10(high / low) / 2, 9)
     if prior.extrapolated:
         below += doctrine.LR_EXTRAPOLATED_DECADES.value
+    if prior.interval is not None:
+        low, high = prior.interval
+        below = max(below, _whole_steps(math.log10(prior.lora / low), step))
+        above = max(above, _whole_steps(math.log10(high / prior.lora), step))
     return LogUniform(
         low=prior.lora * 10**-below,
         high=prior.lora * 10**above,
         num=round((above + below) / step) + 1,
     )
+
+
+def _whole_steps(decades: float, step: float) -> float:
+    return math.ceil(round(decades / step, 9)) * step
 
 
 def _fixed_defaults(budget_in_examples: bool) -> dict[str, Choice[Any]]:
