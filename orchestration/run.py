@@ -11,16 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from cluster.inventory import local_inventory
-from orchestration.config import SweepConfig, make_config
+from cluster.inventory import Inventory, local_inventory, max_concurrent_trials
+from orchestration.config import Config, SweepConfig, make_config
 from orchestration.exit_codes import INTERRUPTED, NO_RESULT
 from orchestration.measured import measured_of
+from orchestration.memory_rule import trial_demand
 from orchestration.models import require_weights
-from orchestration.packs import local_packs, packs_sentence, plan_packs
+from orchestration.packs import plan_packs
+from orchestration.placing import packs_sentence, shown_packs, way_line
 from orchestration.planning import Plan, make_plan, plan_to_dict, run_name
+from orchestration.preflight import checked_inventory, needs_of
 from orchestration.progress import Progress
 from orchestration.results_table import show_results
+from orchestration.runtime_env import share_cache
 from orchestration.show import cut_ranks
+from trainers.base_fetch import commit_of
 from trainers.paths import RunPaths, read_json, write_json, write_text
 from trainers.run_lock import take_lock
 
@@ -55,14 +60,14 @@ def run_sweep(config: SweepConfig, source: str) -> int:
     """
     run = RunPaths(Path(config.storage) / run_name(config))
     _require_new(run)
-    plan = _checked_plan(config)
+    share_cache(config.address, config.storage)
+    plan = _checked_plan(with_commit(config))
     console = Console(highlight=False)
-    as_json = plan_to_dict(plan, local_packs(plan))
-    _say_plan(console, plan, as_json)
+    _say_plan(console, plan, plan_to_dict(plan, shown_packs(plan)))
 
-    def write_inputs() -> None:
+    def write_inputs(fitted: Plan, as_json: dict[str, Any]) -> None:
         write_text(run.config, source)
-        resolved = {"config": config.model_dump(mode="json"), "versions": versions()}
+        resolved = {"config": fitted.config.model_dump(mode="json"), "versions": versions()}
         write_json(run.resolved, resolved)
         write_json(run.plan, as_json)
 
@@ -90,26 +95,65 @@ def resume_sweep(folder: Path, address: str | None) -> int:
         pass  # told before the data is read again
     values = read_json(run.resolved)["config"] | {"name": folder.resolve().name}
     values |= {"storage": str(folder.parent)} | ({"address": address} if address else {})
+    config = make_config({k: v for k, v in values.items() if v is not None}, str(folder))
+    share_cache(config.address, config.storage)
+    was = read_json(run.plan)
+    # Judged by the memory it was planned for: another machine must not change what the sweep is.
+    planned_for = was.get("inventory")
     plan = _checked_plan(
-        make_config({k: v for k, v in values.items() if v is not None}, str(folder)),
-        measured_of(read_json(run.plan)),
+        config, measured_of(was), Inventory(**planned_for) if planned_for else None
     )
     _require_same_plan(run, plan)
     console = Console(highlight=False)
     console.print(f"resuming {folder}", markup=False)
-    return _train(plan, run, console, lambda: None)
+    return _train(plan, run, console, lambda fitted, as_json: None)
 
 
-def _checked_plan(config: SweepConfig, known: "BaseLoss | None" = None) -> Plan:
-    """A plan that can be trained here. known: the base's loss, where an earlier plan measured it."""
+def with_commit(config: Config) -> Config:
+    """The config with the commit that the revision of a hub model stands for now: every node of the run, and
+    every resume of it, loads the same.
+
+    Raises:
+        ValueError: no such model or revision.
+    """
+    return config.model_copy(update={"revision": commit_of(config.model, config.revision)})
+
+
+def _checked_plan(
+    config: SweepConfig,
+    known: "BaseLoss | None" = None,
+    planned_for: Inventory | None = None,
+) -> Plan:
+    """A plan that can be trained here.
+
+    Args:
+        known: the base's loss, where an earlier plan measured it.
+        planned_for: the machines of an earlier plan; None: this one, or a cluster that is asked later.
+    """
     require_weights(config.model)
     require_supported(config)
-    inventory = local_inventory() if config.address is None else None
-    plan = make_plan(config, known)
+    here = local_inventory() if config.address is None else None
+    if here is not None:
+        max_concurrent_trials(trial_demand(config, here), here)
+    plan = make_plan(config, known, planned_for or here)
     require_trainable(plan)
-    if inventory:
-        plan_packs(plan, inventory)
+    if here is not None:
+        plan_packs(plan, here)
     return plan
+
+
+def _fitted(plan: Plan, inventory: Inventory, console: Console) -> Plan:
+    """The plan without the candidates that have no room on a cluster that was joined.
+
+    Raises:
+        NothingAdmittedError: none has.
+    """
+    if plan.inventory is not None:
+        return plan
+    fitted = make_plan(plan.config, measured_of(plan_to_dict(plan)), inventory)
+    if len(fitted.pruned.discarded) > len(plan.pruned.discarded) or fitted.domains != plan.domains:
+        _say_plan(console, fitted, plan_to_dict(fitted, shown_packs(fitted, inventory)))
+    return fitted
 
 
 def _require_same_plan(run: RunPaths, plan: Plan) -> None:
@@ -143,22 +187,28 @@ def difference(was: Any, now: Any) -> str:
 def _train(plan: Plan, run: RunPaths, console: Console, write_inputs: Any) -> int:
     from orchestration import engines, sweep  # ray.tune costs 2 s: bad input is told before it
 
-    num_trials = len(plan.pruned.admitted) + plan.num_proposed
-    names = [item["name"] for item in plan_to_dict(plan)["candidates"]]
-    assert plan.budget is not None
-    progress = Progress(
-        names, len(plan.pruned.discarded), plan.budget.num_examples, console, num_trials
-    )
+    local = plan.config.address is None
     try:
         sweep.start_ray(plan.config.address)
-        inventory = sweep.cluster_inventory(local=plan.config.address is None)
-        plan_packs(plan, inventory)
+        inventory = sweep.cluster_inventory(local=local)
+        plan = _fitted(plan, inventory, console)
+        inventory = checked_inventory(needs_of(plan, run, inventory), inventory, local=local)
+        plan_packs(plan, inventory)  # on the smallest GPU of all nodes
+        as_json = plan_to_dict(plan, shown_packs(plan, None if local else inventory))
         with driving(run), _removed_if_refused(run):
-            write_inputs()
-            engines.train(plan, inventory, run, progress)
+            write_inputs(plan, as_json)
+            engines.train(plan, inventory, run, _progress(plan, as_json, console))
     finally:
         sweep.stop_ray()
     return _conclude(run, plan, console)
+
+
+def _progress(plan: Plan, as_json: dict[str, Any], console: Console) -> Progress:
+    num_trials = len(plan.pruned.admitted) + plan.num_proposed
+    names = [item["name"] for item in as_json["candidates"]]
+    assert plan.budget is not None
+    num_discarded = len(plan.pruned.discarded)
+    return Progress(names, num_discarded, plan.budget.num_examples, console, num_trials)
 
 
 @contextmanager
@@ -219,6 +269,7 @@ def _say_plan(console: Console, plan: Plan, as_json: dict[str, Any]) -> None:
     )
     if as_json["packs"]:
         console.print(f"  {packs_sentence(as_json['packs'])}", markup=False, soft_wrap=True)
+        console.print(way_line(as_json["packs"]), markup=False, soft_wrap=True)
     for sentence in cut_ranks(as_json):
         console.print(f"  cut before any draw: {sentence}", markup=False, soft_wrap=True)
     for reason in sorted({item.reason for item in discarded}):

@@ -10,20 +10,22 @@ from typing import Any
 
 from cluster.inventory import Inventory, local_inventory, smallest_gpu_bytes
 from orchestration.results import TrialRecord, best_trial, read_trials
+from orchestration.runtime_env import worker_environment
 from trainers.paths import RunPaths, replace_folder, temporary_folder
 
 # Every report of a worker waits for its controller's next poll: 2 s by default.
 HEALTH_CHECK_INTERVAL_S = "0.2"
-DRIVER_RESOURCE = "node:__internal_head__"
+DRIVER_RESOURCE, DRIVER_SHARE = "node:__internal_head__", 0.001
+"""What keeps an actor on the head: Ray gives it there alone, 1.0 of it."""
 ACTOR_FAILURES = 2
 """Deaths of its own actor that a trial survives; the worker's are the engine's matter."""
 
 
 def start_ray(address: str | None) -> None:
-    """Joins a cluster, or starts a local one that listens on loopback alone.
+    """Joins a cluster, whose workers get our packages, or starts a local one that listens on loopback alone.
 
     Raises:
-        ValueError: no cluster answers at the address.
+        ValueError: no cluster answers at the address, or one with another Python or Ray.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -50,7 +52,14 @@ def start_ray(address: str | None) -> None:
         return
     try:
         _probe(address)
-        ray.init(address=address, **options)
+        ray.init(address=address, runtime_env=worker_environment(), **options)
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        raise ValueError(
+            f"address {address}: the cluster must run the Python and the Ray of this process, it does not "
+            f"({' '.join(str(error).split())}); use one image, or one environment, for both"
+        ) from error
     except OSError as error:  # ConnectionError is one
         raise ValueError(
             f"address {address}: no Ray cluster answers ({str(error).splitlines()[0]}); "
@@ -133,7 +142,7 @@ def _tuner(
     return tune.Tuner(
         # The thin driver of a trial takes no CPU from the workers: with 1 CPU each, two trials would
         # fill a 2-core machine with drivers and their workers would wait for ever.
-        tune.with_resources(trainable, {DRIVER_RESOURCE: 0.001}),
+        tune.with_resources(trainable, {DRIVER_RESOURCE: DRIVER_SHARE}),
         tune_config=tune.TuneConfig(
             metric="eval_loss",
             mode="min",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from orchestration.results import mark_ended, read_trial
 from orchestration.rungs import CLOCK, METRIC, RungLedger, stopped_trials
 from search_spaces.candidate import Candidate, trial_name
+from trainers.base_fetch import is_hub_id
 from trainers.metrics import best_row
 from trainers.paths import RunPaths, read_json, write_json
 
@@ -46,8 +47,10 @@ class TrialMaker:
                 "quantization": config.quantization,
                 "dtype": config.dtype,
                 "keep_dequantized": self.packs.keep_dequantized,
+                "sharded": self.packs.strategy == "zero3",
+                "gradient_checkpointing": self.packs.gradient_checkpointing,
             },
-            "data": _absolute(vars(data)),
+            "data": _absolute(vars(data)) | self._tokenizer(),
             "candidate": candidate.to_dict(),
             "num_examples": budget.num_examples,
             "eval_every": budget.eval_every,
@@ -57,6 +60,14 @@ class TrialMaker:
             "num_threads": self.demand.cpus_per_worker,
             "keep_weights": self.keep_weights,
         }
+
+    def _tokenizer(self) -> dict[str, Any]:
+        """Where a worker finds the tokenizer of a hub model: by its id, as it does the base; the driver's
+        own copy is on another node's disk."""
+        config = self.plan.config
+        if not is_hub_id(config.model):
+            return {}
+        return {"model": config.model, "revision": config.revision}
 
     def write(self, candidate: Candidate) -> dict[str, Any]:
         """A trial's dict, kept as its config.json."""

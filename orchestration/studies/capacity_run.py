@@ -10,6 +10,7 @@ from rich.console import Console
 from orchestration.config import SweepConfig, make_config, values_of
 from orchestration.models import model_shape, require_weights
 from orchestration.planning import Plan
+from orchestration.preflight import checked_inventory, needs_of
 from orchestration.progress import Progress
 from orchestration.results import read_trials
 from orchestration.run import driving
@@ -147,7 +148,11 @@ def _train(config: StudyConfig, sets: Sequence[Planned], console: Console) -> No
         return
     try:
         sweep.start_ray(config.address)
-        inventory = sweep.cluster_inventory(local=config.address is None)
+        local = config.address is None
+        inventory = sweep.cluster_inventory(local=local)
+        for _, plan, run in left:
+            needs = needs_of(plan, run, inventory, keep_weights=False)
+            inventory = checked_inventory(needs, inventory, local=local)
         for one, plan, run in left:
             console.print(
                 f"{one.facts.num_facts} facts, {one.facts.known_bits:,.0f} bits", markup=False

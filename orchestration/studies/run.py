@@ -8,11 +8,12 @@ from typing import Any
 from rich.console import Console
 
 from cluster.inventory import Inventory, local_inventory, max_concurrent_trials, room_per_worker
-from cluster.packing import ADAPTER_BYTES, USABLE_SHARE
 from orchestration.packs import trial_demand
 from orchestration.planning import Plan
+from orchestration.preflight import checked_inventory, needs_of
 from orchestration.progress import Progress
 from orchestration.run import driving, versions
+from orchestration.runtime_env import share_cache
 from orchestration.studies.agenda import Agenda, retry_failed
 from orchestration.studies.arms import CURVE_KINDS, Arm, make_arms
 from orchestration.studies.common import begin, checked_plan, conclude, with_candidates
@@ -23,9 +24,11 @@ from orchestration.studies.results import write_results
 from search_spaces import doctrine
 from trainers.paths import RunPaths
 
-FULL_FT_BYTES = ADAPTER_BYTES + 4
+FULL_FT_BYTES = 20
 """Of a parameter in full fine-tuning: weight, gradient and two AdamW moments in fp32, and the copy of the
 base that the next trial begins from."""
+USABLE_SHARE = 0.8
+"""Share of a worker's memory that is planned; the rest is the activations', the allocator's, the libraries'."""
 
 
 def run_study(
@@ -47,6 +50,7 @@ def run_study(
     """
     run = RunPaths(Path(config.storage) / (config.name or f"{kind}-{preset or 'study'}"))
     _require_studies(kind, reuse)
+    share_cache(config.address, config.storage)
     facts = StudyFacts(kind=kind, preset=preset, command=command, versions=versions())
     if kind == "capacity":
         from orchestration.studies.capacity_run import run_capacity
@@ -181,8 +185,12 @@ def train_arms(
     progress = Progress([], 0, plan.budget.num_examples, console, _expected(arms, config))
     try:
         sweep.start_ray(config.address)
-        inventory = sweep.cluster_inventory(local=config.address is None)
+        local = config.address is None
+        inventory = sweep.cluster_inventory(local=local)
         _require_room(config, plan, arms, inventory)
+        full_ft = plan.shape.num_params if any(arm.full_finetune for arm in arms) else 0
+        needs = needs_of(plan, run, inventory, keep_weights=False, full_ft_params=full_ft)
+        inventory = checked_inventory(needs, inventory, local=local)
         demand = trial_demand(config, inventory)
         # A GPU's group holds many adapters: it must not be emptied for every full fine-tuning.
         in_turn = bool(demand.gpus_per_worker) or max_concurrent_trials(demand, inventory) == 1
