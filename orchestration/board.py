@@ -16,7 +16,12 @@ that the one that kills its workers is found."""
 MAX_STARTS = 3
 """Starts in a row of a group that never became ready, after which it is given up."""
 MAX_CRASHES = 4
-"""Worker deaths after which a trial has failed."""
+"""Worker deaths after which a trial has failed. A node that was taken away is none: see pool.PREEMPTIONS."""
+GROUP_WAIT_S = 600.0
+"""How long a group may be without workers before it counts as lost. Clouds replace a node in two to five
+minutes."""
+DEADLINE_GRACE_S = 10.0
+"""After the deadline of a preemption in which its workers may still speak; Ray Train ends them at it."""
 STOP = {"kind": "stop"}
 """The command that ends a group's workers."""
 
@@ -66,6 +71,8 @@ class Group:
     commands: list[dict[str, Any]] = field(default_factory=list)
     lost: str = ""
     """Why it will not come back, when it will not."""
+    leaving: bool = False
+    """Whether its node is being taken away: it gets no more trials, and its death is no trial's fault."""
     num_heard: int = 0
     early: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Events that overtook others on their way, by number."""
@@ -77,16 +84,21 @@ class Board:
     Args:
         num_groups: groups of the sweep; those that said nothing yet are still loading.
         one_run: whether the death of one group's worker restarts all groups (see pool.Pool).
+        wait_s: see GROUP_WAIT_S.
     """
 
-    def __init__(self, num_groups: int, *, one_run: bool = False) -> None:
-        self.num_groups, self.one_run = num_groups, one_run
+    def __init__(
+        self, num_groups: int, *, one_run: bool = False, wait_s: float = GROUP_WAIT_S
+    ) -> None:
+        self.num_groups, self.one_run, self.wait_s = num_groups, one_run, wait_s
         self.places = 0
         self.entries: dict[str, Entry] = {}
         self.queue: list[Entry] = []
         self.groups: dict[str, Group] = {}
         self.starts: dict[str, int] = {}
         self.attempts: dict[str, str] = {}
+        self.absent: dict[str, float] = {}
+        """Groups without workers, and since when (UNIX time; of a leaving group, from when on)."""
         self.stopping = False
 
     def enlist(self, trials: Iterable[tuple[dict[str, Any], int]]) -> None:
@@ -158,6 +170,9 @@ class Board:
                 any order, and some die before they say it.
         """
         self.attempts[group] = attempt
+        self.absent.pop(group, None)
+        if group in self.groups and self.groups[group].lost:  # its node came back after all
+            self.groups[group] = Group("", {})
         for name in reversed(self.groups) if self.one_run else [group]:
             self._bury(name, attempt)
         self._assign()
@@ -182,14 +197,44 @@ class Board:
         """A group will not come back; its trials go to others. The first reason is kept."""
         if group in self.groups and self.groups[group].lost:
             return
+        self.absent.pop(group, None)
         self._replace(group, Group("", {}, lost=reason))
         self._assign()
+
+    def gone(self, name: str, now: float, *, preempted: bool = False) -> None:
+        """A group has no workers (yet, or any more); its trials need not wait until it has.
+
+        Args:
+            now: UNIX time.
+            preempted: it lost them because its node was taken away.
+        """
+        self.absent[name] = min(now, self.absent.get(name, now))
+        group = self.groups.get(name)
+        if group and group.incarnation:
+            group.leaving |= preempted
+            self._replace(name, Group("", group.info))
+            self._assign()
+
+    def expire(self, now: float) -> None:
+        """Gives up the groups that were without workers too long."""
+        for name, since in list(self.absent.items()):
+            if now > since + DEADLINE_GRACE_S:
+                self.gone(name, since)
+            if now > since + self.wait_s:
+                self.lose(
+                    name,
+                    f"it was without workers for {self.wait_s:g} s (no node has room for them, or they "
+                    "do not start)",
+                )
+                self.absent[name] = since  # Ray Train still waits for a node
 
     def _replace(self, name: str, group: Group) -> None:
         old = self.groups.get(name)
         self.groups[name] = group
         for entry in reversed(old.trials if old else []):
-            entry.group, entry.crashes = None, entry.crashes + 1
+            entry.group = None
+            if old and not old.leaving:
+                entry.crashes += 1
             if entry.crashes >= MAX_CRASHES:
                 reason = (
                     f"its worker died {entry.crashes} times, at last with no other trial beside it"
@@ -202,6 +247,11 @@ class Board:
         """Whether a group's message is from its living workers."""
         return group in self.groups and self.groups[group].incarnation == incarnation
 
+    def without_workers(self) -> list[str]:
+        """Groups for whose workers Ray Train waits."""
+        served = {name for name, group in self.groups.items() if group.incarnation}
+        return sorted(self.absent.keys() - served)
+
     def hear_from(self, group: str, number: int, event: dict[str, Any]) -> None:
         """Event `number` of a group's workers, counted from 0. Events may overtake each other on their way,
         and a trial's end must not be heard before its last row: what came early waits."""
@@ -209,16 +259,21 @@ class Board:
         speaker.early[number] = event
         while event := speaker.early.pop(speaker.num_heard, {}):
             speaker.num_heard += 1
-            self.hear([event])
+            if event["kind"] == "preempted":
+                speaker.leaving, self.absent[group] = True, event["deadline"]
+            else:
+                self.hear([event])
 
     def hear(self, events: Iterable[dict[str, Any]]) -> None:
-        """Rows and ends from a group (see trainers/pack_server.py)."""
+        """Rows, ends and trials given back by a group (see trainers/pack_server.py)."""
         for event in events:
             entry = self.entries[event["trial"]]
             if event["kind"] == "row":
                 entry.rows[event["index"]] = event["row"]
                 if event["last"]:
                     entry.last_index = event["index"]
+            elif event["kind"] == "back":
+                self._take_back(entry)
             elif entry.ended is None:
                 entry.ended = {"status": event["status"], "reason": event["reason"]}
                 self._release(entry)
@@ -249,6 +304,12 @@ class Board:
             entry.group = None
         self._assign()
 
+    def _take_back(self, entry: Entry) -> None:
+        if entry.group is None:
+            return  # it was ended or put off while it was on its way
+        self._release(entry)
+        self.queue.insert(0, entry)
+
     def _assign(self) -> None:
         for entry in list(self.queue):
             rooms = [
@@ -260,7 +321,7 @@ class Board:
                 return  # those behind it would keep every group busy for ever
 
     def _fits(self, entry: Entry, group: Group) -> bool:
-        if not group.incarnation or not self.places:
+        if not group.incarnation or group.leaving or not self.places:
             return False
         if self.one_run and self._shares_a_suspects_fate(entry):
             return False

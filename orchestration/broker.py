@@ -1,9 +1,10 @@
 """The board as a Ray actor: thin trials and worker groups both find it by name."""
 
 import asyncio
+import time
 from typing import Any
 
-from orchestration.board import STOP, Board
+from orchestration.board import GROUP_WAIT_S, STOP, Board
 
 
 class Broker:
@@ -13,8 +14,9 @@ class Broker:
     async actor in any order, also those of one caller that does not wait between them.
     """
 
-    def __init__(self, num_groups: int, one_run: bool) -> None:
-        self.board = Board(num_groups, one_run=one_run)
+    def __init__(self, num_groups: int, one_run: bool, wait_s: float = GROUP_WAIT_S) -> None:
+        self.board = Board(num_groups, one_run=one_run, wait_s=wait_s)
+        self.controllers: dict[str, Any] = {}
         self.changed = asyncio.Condition()
 
     async def _notify(self) -> None:
@@ -28,6 +30,7 @@ class Broker:
             ValueError: no worker group is left.
         """
         self.board.ask(trial, index)
+        self.board.expire(time.time())
         await self._notify()
         deadline = asyncio.get_running_loop().time() + wait_s
         while (answer := self.board.answer(trial["name"], index)) is None:
@@ -60,6 +63,19 @@ class Broker:
         """See Board.lose."""
         self.board.lose(group, reason)
         await self._notify()
+
+    async def gone(
+        self, groups: list[str], preempted: bool = False, controller: Any = None
+    ) -> None:
+        """See Board.gone. controller: the actor that waits for room for their next workers."""
+        for name in groups:
+            self.board.gone(name, time.time(), preempted=preempted)
+            self.controllers[name] = controller
+        await self._notify()
+
+    async def waiting(self) -> dict[str, Any]:
+        """Groups for whose workers Ray Train waits, with its controllers where they are known."""
+        return {name: self.controllers.get(name) for name in self.board.without_workers()}
 
     async def tell(self, group: str, incarnation: str, number: int, event: dict[str, Any]) -> None:
         """An event of a group (see Board.hear_from); what dead workers said is dropped."""
@@ -95,10 +111,15 @@ class Broker:
 
     async def groups(self) -> dict[str, dict[str, Any]]:
         """Every group that said hello: its info, or {"lost": reason}."""
+        self.board.expire(time.time())
         return {
             name: {"lost": group.lost} if group.lost else group.info
             for name, group in self.board.groups.items()
         }
+
+    async def deaths(self) -> dict[str, int]:
+        """Worker deaths of each trial that count against it."""
+        return {name: entry.crashes for name, entry in self.board.entries.items()}
 
     async def _changed_before(self, deadline: float) -> bool:
         left = deadline - asyncio.get_running_loop().time()

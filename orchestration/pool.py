@@ -4,6 +4,7 @@ The groups run in threads of the driver: when the driver dies, Ray ends them wit
 resume` starts new ones.
 """
 
+import os
 import threading
 import time
 import uuid
@@ -11,12 +12,22 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.inventory import TrialDemand
+from orchestration.board import GROUP_WAIT_S
+from orchestration.sweep import DRIVER_RESOURCE, DRIVER_SHARE
 
 MAX_WAITING_TRIALS = 1000
 GROUP_RESTARTS = -1
 """Train restarts a group whose worker died without limit; the board ends the trial that causes it."""
 START_FAILURES = 2
+"""Starts in which no node had room or the workers died before they ran, over the life of a group."""
+PREEMPTIONS = 100
+"""Nodes that may be taken away from a group: it costs no trial more than the seconds since a save. A group
+that lost a hundred mostly loads the base, and its user should know."""
 POLL_S = 0.2
+JOIN_S = 20.0
+"""How long the end of a sweep waits for a group that never had workers; it ends with the driver."""
+WAIT_VARIABLE = "TENFOLD_GROUP_WAIT_S"
+"""Environment variable: another board.GROUP_WAIT_S, for clusters whose nodes come slower or never."""
 
 
 class Pool:
@@ -52,28 +63,42 @@ class Pool:
         # A namespace of its own: two sweeps may share a cluster.
         self.address = {"name": "broker", "namespace": f"tenfold-{uuid.uuid4().hex[:12]}"}
         self.broker: Any = None
-        self.threads: list[threading.Thread] = []
+        self.wait_s = float(os.environ.get(WAIT_VARIABLE, GROUP_WAIT_S))
+        self.threads: list[tuple[list[str], threading.Thread]] = []
+        self.ending = False
 
     def __enter__(self) -> "Pool":
         import ray
 
         from orchestration.broker import Broker
 
-        options = {"num_cpus": 0, "max_concurrency": MAX_WAITING_TRIALS, **self.address}
-        self.broker = ray.remote(Broker).options(**options).remote(self.num_groups, self.one_run)
+        # On the head, as the trials' drivers: a GPU node that is taken away takes workers alone.
+        head = {"num_cpus": 0, "resources": {DRIVER_RESOURCE: DRIVER_SHARE}}
+        options = {"max_concurrency": MAX_WAITING_TRIALS, **head, **self.address}
+        self.broker = (
+            ray.remote(Broker).options(**options).remote(self.num_groups, self.one_run, self.wait_s)
+        )
+        # One wait for a node, not several that each count as a failed start.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(self.wait_s))
+        os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # of 30 s, 5 are much
         names = [f"group-{number}" for number in range(self.num_groups)]
+        ray.get(self.broker.gone.remote(names))  # they have no workers yet
         for groups in [names] if self.one_run else [[name] for name in names]:
             thread = threading.Thread(target=self._run_groups, args=(groups,), daemon=True)
             thread.start()
-            self.threads.append(thread)
+            self.threads.append((groups, thread))
         return self
 
     def __exit__(self, *_: object) -> None:
         import ray
 
+        self.ending = True
         ray.get(self.broker.stop.remote())
-        for thread in self.threads:
-            thread.join()
+        waiting: Any = ray.get(self.broker.waiting.remote())
+        for controller in filter(None, waiting.values()):
+            ray.kill(controller)  # it waits for a node, and hears nothing
+        for groups, thread in self.threads:
+            thread.join(JOIN_S if waiting.keys() & groups else None)
         ray.kill(self.broker)
 
     def _run_groups(self, groups: list[str]) -> None:
@@ -85,18 +110,28 @@ class Pool:
             reason = "it was told to stop"
         except Exception as error:  # the boundary of a thread: the trials must hear of any end
             reason = _telling_line(error)
-        ray.get([self.broker.lose.remote(name, reason) for name in groups])
+        if not self.ending:
+            ray.get([self.broker.lose.remote(name, reason) for name in groups])
 
     def _trainer(self, groups: list[str]) -> Any:
         import ray.train
         from ray.train.torch import TorchTrainer
 
+        from orchestration.group_watch import GroupWatch
+
+        watched = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
         resources: dict[str, float] = {"CPU": self.demand.cpus_per_worker}
         if self.demand.gpus_per_worker:
             resources["GPU"] = self.demand.gpus_per_worker
         return TorchTrainer(
             self.serve,
-            train_loop_config={"broker": self.address, "groups": groups, **self.config},
+            train_loop_config={
+                "broker": self.address,
+                "groups": groups,
+                # A look is a collective of the run, whose groups do not keep step with each other.
+                "preemptible": watched and not self.one_run,
+                **self.config,
+            },
             scaling_config=ray.train.ScalingConfig(
                 num_workers=self.demand.num_workers * len(groups),
                 use_gpu=bool(self.demand.gpus_per_worker),
@@ -105,8 +140,11 @@ class Pool:
             run_config=ray.train.RunConfig(
                 name=groups[0],
                 storage_path=self.storage,
+                callbacks=[GroupWatch(self.address, groups)],
                 failure_config=ray.train.FailureConfig(
-                    max_failures=GROUP_RESTARTS, controller_failure_limit=START_FAILURES
+                    max_failures=GROUP_RESTARTS,
+                    max_preemption_failures=PREEMPTIONS,
+                    controller_failure_limit=START_FAILURES,
                 ),
             ),
         )
@@ -125,7 +163,7 @@ class Pool:
         """
         while True:
             groups = self.groups()
-            ready = [info for info in groups.values() if "lost" not in info]
+            ready = [info for info in groups.values() if info and "lost" not in info]
             if ready:
                 return ready[0]
             if len(groups) == self.num_groups:
@@ -140,7 +178,10 @@ class Pool:
         """
         groups = self.groups()
         if len(groups) == self.num_groups and all("lost" in info for info in groups.values()):
-            raise ValueError(f"no worker group is left: {_reasons(groups)}")
+            raise ValueError(
+                f"no worker group is left: {_reasons(groups)}; `tenfold resume` goes on from the last "
+                "checkpoints"
+            )
 
     def open(self, places: int, trials: list[tuple[dict[str, Any], int]]) -> None:
         """Lets trials in, so many at once in each group; these first, in their order (see Board.enlist)."""

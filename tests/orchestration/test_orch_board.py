@@ -743,7 +743,7 @@ class Sweep:
         """Something happens."""
         events: list[Callable[[], None]] = [self._ask] * 6 + [self._worker_speaks] * 6
         events += [self._cancel, self._take, self._take, self._group_starts, self._group_starts]
-        events += [self._put_off]
+        events += [self._put_off, self._workers_die, self._node_will_go, self._give_back]
         if self.rng.random() < 0.02:
             events = [self._lose]
         self.rng.choice(events)()
@@ -802,6 +802,22 @@ class Sweep:
         self.living.pop(name, None)
         self.board.lose(name, "gone")
 
+    def _workers_die(self) -> None:
+        if self.living:
+            name = self.rng.choice(sorted(self.living))
+            del self.living[name]
+            self.board.gone(name, 0.0, preempted=self.rng.random() < 0.5)
+
+    def _node_will_go(self) -> None:
+        if self.living:
+            name = self.rng.choice(sorted(self.living))
+            event = {"kind": "preempted", "deadline": 1.0}
+            self.board.hear_from(name, self.board.groups[name].num_heard, event)
+
+    def _give_back(self) -> None:
+        for entry in [e for g in self.board.groups.values() if g.leaving for e in g.trials][:1]:
+            self.board.hear([{"kind": "back", "trial": entry.name}])
+
     def check(self) -> None:
         """What must hold after every event."""
         groups = self.board.groups.values()
@@ -836,7 +852,7 @@ class Sweep:
         return "full" in self.kinds[entry.name] or entry.crashes >= SHARED_CRASHES
 
     def _check_that_nobody_waits_in_vain(self) -> None:
-        ready = [g for g in self.board.groups.values() if g.incarnation and not g.lost]
+        ready = [g for g in self.board.groups.values() if g.incarnation and not g.leaving]
         if self._suspects():
             return  # all wait for its end
         for entry in self.board.queue:
