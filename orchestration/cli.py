@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from orchestration.cluster_verb import add_cluster_options, run_cluster
 from orchestration.exit_codes import BAD_INPUT, INTERRUPTED
 
 EXIT_CODES = "exit codes: 0 done; 1 no trial ended with a usable score; 2 input that cannot be used; 130 interrupted"
@@ -71,6 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
             verb.add_argument("--json", action="store_true", help="print JSON")
         if name == "check":
             _add_check_options(verb)
+        if name == "plan":
+            _add_plan_options(verb)
     report = verbs.add_parser("report", help="write report.html again from what is on disk")
     report.add_argument("run_folder", type=Path, help="runs/NAME")
     report.set_defaults(run=_report)
@@ -81,12 +84,26 @@ def build_parser() -> argparse.ArgumentParser:
     resume.add_argument("--address", help="a running Ray cluster (default: as the sweep began)")
     resume.set_defaults(run=_resume)
     _add_study(verbs)
+    text = "a Ray, KubeRay or Slurm manifest of the size that the plan asks for"
+    cluster = verbs.add_parser("cluster", help=text, description=text, epilog=EXIT_CODES)
+    add_cluster_options(cluster)
+    cluster.set_defaults(run=run_cluster)
     demo = verbs.add_parser("demo", help="a real NF4 sweep of the shipped base on local Ray")
     demo.add_argument(
         "--name", help="folder name under runs/ (default: the first free demo, demo-2, ...)"
     )
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_plan_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--inventory", metavar="I", help="GPUs to plan for, as 8xH100-80GB, 2x8xA100-40GB or 1x24GB"
+    )
+    verb.add_argument("--address", help="plan for a running Ray cluster")
+    verb.add_argument(
+        "--price", type=float, metavar="P", help="of a GPU-hour: the plan names a price"
+    )
 
 
 def _add_study(verbs: Any) -> None:
@@ -138,14 +155,18 @@ def _no_collection() -> Iterator[None]:
         gc.enable()
 
 
-def _planned(config: Path) -> dict[str, Any]:
+def _planned(args: argparse.Namespace) -> dict[str, Any]:
     with _no_collection():
         from orchestration.config import load_config
-        from orchestration.packs import local_packs
-        from orchestration.planning import make_plan, plan_to_dict
+        from orchestration.placing import asked_inventory, placed_plan
 
-    plan = make_plan(load_config(config))
-    return plan_to_dict(plan, local_packs(plan))
+    config = load_config(
+        args.config,
+        inventory=args.inventory,
+        price_per_gpu_hour=args.price,
+        address=args.address,
+    )
+    return placed_plan(config, asked_inventory(config))
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -168,7 +189,7 @@ def _check(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from orchestration.show import print_json, show_plan
 
-    plan = _planned(args.config)
+    plan = _planned(args)
     if args.json:
         print_json(plan)
     else:
