@@ -32,7 +32,7 @@ from benchmarks.common import (
     verdict,
     write_result,
 )
-from cluster.packing import ADAPTER_BYTES
+from cluster.memory import adapter_bytes
 from search_spaces.architecture import ModelShape
 from trainers.paths import RunPaths, read_json_lines, write_json_lines, write_text
 
@@ -167,7 +167,7 @@ def verdicts(
 ) -> list[dict[str, Any]]:
     """A tenth of an adapter for each trial is the most that counts as no growth."""
     shape = ModelShape.from_config(BASE_MODEL / "config.json")
-    adapter = ADAPTER_BYTES * shape.lora_params(min(LORA_RANKS), TARGET)
+    adapter = adapter_bytes(shape, TARGET, min(LORA_RANKS))
     lines = [verdict("all trials ended", ended == num_trials, f"{ended} of {num_trials}")]
     for kind in ("driver", "worker"):
         slopes = [

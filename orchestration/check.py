@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from orchestration.config import SweepConfig, load_config, make_config
 from orchestration.models import model_shape
-from orchestration.planning import make_data_spec, make_plan, plan_to_dict
+from orchestration.plan_json import plan_to_dict
+from orchestration.planning import make_data_spec, make_plan
 from trainers.data import audit_data, near_duplicates_of
 
 if TYPE_CHECKING:

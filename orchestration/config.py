@@ -3,11 +3,9 @@
 import difflib
 import math
 import re
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -20,11 +18,8 @@ from pydantic import (
 )
 
 from cluster.gpus import parse_inventory
+from orchestration.yaml_file import ConfigError, read_values
 from search_spaces.values import parse_domain, parse_targets
-
-
-class ConfigError(ValueError):
-    """A sweep.yaml that cannot be used; the message is complete, one line per problem."""
 
 
 class LogRange(BaseModel):
@@ -51,7 +46,6 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction01 = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 COUNTS = ("lora_rank", "global_batch_size", "examples", "seed", "dataset_tokens")
-EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")
 URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 MAYBE_SWITCHES = ("gradient_checkpointing",)
 """Keys that are true, false or a word."""
@@ -327,25 +321,6 @@ def load_config(path: Path, **flags: Any) -> SweepConfig:
     return make_config(values, str(path))
 
 
-def read_values(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, unchecked.
-
-    Raises:
-        ConfigError: no file, not YAML, no mapping, a duplicate key.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {_yaml_message(error)}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path}: must hold `key: value` lines (model: ..., data: ...), holds {type(values).__name__}"
-        )
-    return values
-
-
 Config = TypeVar("Config", bound=SweepConfig)
 
 
@@ -388,39 +363,3 @@ def _problems(error: ValidationError, where: str) -> list[str]:
             )
         lines.setdefault(key, f"{where}: {text}")
     return list(lines.values())
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats (1e-4 is a number) and no duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if not isinstance(key, Hashable):
-                continue  # the base class says so
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key {key!r}", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-    def construct_number(self, node: yaml.ScalarNode) -> float:
-        value = float(self.construct_scalar(node))
-        if not math.isfinite(value):
-            raise yaml.constructor.ConstructorError(
-                None, None, "a number must be finite", node.start_mark
-            )
-        return value
-
-
-_Loader.add_constructor("!exponent", _Loader.construct_number)
-_Loader.add_implicit_resolver("!exponent", EXPONENT, list("-+0123456789"))
-
-
-def _yaml_message(error: Exception) -> str:
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    if mark is None:
-        return str(error).splitlines()[0]
-    return f"line {mark.line + 1}: {problem}"

@@ -18,7 +18,8 @@ from orchestration.packs import (
     tokens_per_row,
     workload_of,
 )
-from orchestration.planning import Plan, make_plan, plan_to_dict
+from orchestration.plan_json import plan_to_dict
+from orchestration.planning import Plan, make_plan
 from search_spaces.pruner import NothingAdmittedError
 
 

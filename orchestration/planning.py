@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -17,10 +17,9 @@ from orchestration.memory_rule import MemoryRule
 from orchestration.models import model_shape
 from search_spaces import pitfalls
 from search_spaces.architecture import ModelShape
-from search_spaces.candidate import Candidate, grid_candidates, random_candidates, trial_name
-from search_spaces.capacity import check_capacity
+from search_spaces.candidate import Candidate, grid_candidates, random_candidates
 from search_spaces.domains import LogUniform, SearchSpace, TargetDomain
-from search_spaces.pruner import Discarded, FitRule, PruneResult, cut_rank_domain, prune
+from search_spaces.pruner import FitRule, PruneResult, cut_rank_domain, prune
 from search_spaces.space import DatasetFacts, build_space
 
 if TYPE_CHECKING:
@@ -322,97 +321,3 @@ def default_name(config: SweepConfig) -> str:
     parts = [model, re.sub(DATA_SUFFIX, "", Path(first).name)]
     parts += [f"and-{len(others)}-more"] if others else []
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.")
-
-
-def plan_to_dict(plan: Plan, packs: dict[str, Any] | None = None) -> dict[str, Any]:
-    """plan.json: what `tenfold plan --json` prints and the report reads.
-
-    Args:
-        packs: see packs.local_packs; None where the engine has none or nobody can say yet.
-    """
-    shape, config = plan.shape, plan.config
-    names = (
-        "model_type",
-        "num_params",
-        "hidden_size",
-        "num_layers",
-        "vocab_size",
-        "num_experts",
-        "num_active_experts",
-        "tied_head",
-    )
-    return {
-        "name": plan.name,
-        "method": config.method,
-        "model": {"name": config.model} | {name: getattr(shape, name) for name in names},
-        "data": plan.audit.to_dict() | {"data": config.data} if plan.audit else None,
-        "retention": plan.retention,
-        "dataset_tokens": plan.dataset_tokens,
-        "dataset_bits": plan.dataset_bits,
-        "capacity": plan.capacity.to_dict(),
-        "capacity_policy": config.capacity_policy,
-        "defaults": [note._asdict() for note in plan.space.notes],
-        "confirmation": _confirmation(plan),
-        "budget": asdict(plan.budget) if plan.budget else None,
-        "inventory": asdict(plan.inventory) if plan.inventory else None,
-        "seq_len": plan.data_spec.seq_len if plan.data_spec else None,
-        "packing": config.packing,
-        "engine": config.engine,
-        "packs": packs,
-        "cut_ranks": [_cut_dict(domain) for domain in plan.domains if domain.cut_lora_ranks],
-        "unfit_ranks": [
-            {"target": list(domain.target), "lora_ranks": list(domain.unfit_lora_ranks)}
-            for domain in plan.domains
-            if domain.unfit_lora_ranks
-        ],
-        "num_proposed": plan.num_proposed,
-        "candidates": [_candidate_dict(plan, candidate) for candidate in plan.pruned.admitted],
-        "discarded": [_discarded_dict(plan, item) for item in plan.pruned.discarded],
-        "advised": [_discarded_dict(plan, item) for item in plan.pruned.advised],
-        "pitfalls": [asdict(pitfall) for pitfall in plan.pitfalls],
-    }
-
-
-def _confirmation(plan: Plan) -> dict[str, Any] | None:
-    if plan.space.prior.interval is None:
-        return None
-    from orchestration.carried import confirmation
-
-    per_example = None
-    if plan.audit:
-        per_example = plan.audit.num_train_tokens / epoch_examples(plan.config, plan.audit)
-    return confirmation(plan.space, plan.pruned.admitted, plan.domains, plan.budget, per_example)
-
-
-def _candidate_dict(plan: Plan, candidate: Candidate) -> dict[str, Any]:
-    return {
-        "name": trial_name(candidate),
-        "candidate": candidate.to_dict(),
-        **_capacity(plan, candidate),
-        "steps": math.ceil(plan.budget.num_examples / candidate.global_batch_size)
-        if plan.budget
-        else None,
-    }
-
-
-def _cut_dict(domain: TargetDomain) -> dict[str, Any]:
-    return {
-        "target": list(domain.target),
-        "lora_ranks": list(domain.cut_lora_ranks),
-        "sufficient_rank": domain.sufficient_rank,
-    }
-
-
-def _capacity(plan: Plan, candidate: Candidate) -> dict[str, int]:
-    check = check_capacity(plan.shape, candidate.lora_rank, plan.dataset_bits, candidate.target)
-    return {"adapter_params": check.adapter_params, "adapter_bits": check.adapter_bits}
-
-
-def _discarded_dict(plan: Plan, item: Discarded) -> dict[str, Any]:
-    return {
-        "candidate": item.candidate.to_dict(),
-        "rule": item.rule,
-        "reason": item.reason,
-        "numbers": dict(item.numbers),
-        **_capacity(plan, item.candidate),
-    }

@@ -19,7 +19,8 @@ from orchestration.memory_rule import trial_demand
 from orchestration.models import require_weights
 from orchestration.packs import plan_packs
 from orchestration.placing import packs_sentence, shown_packs, way_line
-from orchestration.planning import Plan, make_plan, plan_to_dict, run_name
+from orchestration.plan_json import plan_to_dict
+from orchestration.planning import Plan, make_plan, run_name
 from orchestration.preflight import checked_inventory, needs_of
 from orchestration.progress import Progress
 from orchestration.results_table import show_results

@@ -25,7 +25,8 @@ from trainers.gate import GateError
 from trainers.loop import Run
 from trainers.paths import TrialPaths
 from trainers.preemption import Notice
-from trainers.sft_trainer import Recorder, Station, TrialSpec
+from trainers.recorder import Recorder
+from trainers.sft_trainer import Station, TrialSpec
 
 
 class Link(Protocol):

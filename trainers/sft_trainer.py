@@ -3,11 +3,9 @@
 The doctrine's own snippet imports from here: `count_tokens` and `validate_capacity`.
 """
 
-import traceback
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,87 +13,39 @@ from transformers import PreTrainedModel
 from search_spaces.candidate import Candidate
 from search_spaces.capacity import validate_capacity
 from trainers.adapters import AdapterSpec, Pack
-from trainers.base_model import BaseSpec, device_name, load_base
+from trainers.base_model import device_name, load_base
 from trainers.batches import RowSource
 from trainers.checkpoint import (
     checkpoint_examples,
-    copy_weights,
     load_checkpoint,
     recorded_probe_loss,
-    save_checkpoint,
 )
 from trainers.comm import Comm
 from trainers.composer import ForwardLimits
 from trainers.cpu import keep_freed_memory
-from trainers.data import DataSpec, count_tokens, prepare_data
+from trainers.data import count_tokens, prepare_data
 from trainers.data.retention import retention_set
 from trainers.data.tokenizer import load_tokenizer
 from trainers.full import BaseWeights, unfreeze
 from trainers.gate import GateError, Probe
 from trainers.head import check_head, check_packing
-from trainers.loop import Evaluation, Run, RunSpec, Trainer, new_run
+from trainers.loop import Run, Trainer, new_run
 from trainers.measure import measure_max_tokens
 from trainers.meta_shape import shape_of_config
 from trainers.metrics import best_row
 from trainers.paths import (
     TrialPaths,
     read_json_lines,
-    remove_folder,
-    write_json,
-    write_json_lines,
-    write_text,
 )
+from trainers.recorder import Recorder
 from trainers.speed import measured_once, read_speed
+from trainers.trial_spec import Report, TrialSpec, run_spec
 
 if TYPE_CHECKING:
     from trainers.data.sequence_packing import PackedSet
     from trainers.data.token_set import TokenizedSet
 
-DEFAULT_MAX_TOKENS = 2048
-"""Tokens of one forward where nothing was measured."""
-
 __all__ = ["TrialResult", "TrialSpec", "count_tokens", "train_trial", "validate_capacity"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialSpec:
-    """Everything that determines a trial's numbers, and where they go.
-
-    Args:
-        name: folder name under runs/NAME/trials.
-        folder: the trial's folder.
-        num_examples, eval_every: in examples.
-        group_by_length: batches of examples of similar length.
-        micro_batch_size: most rows of one forward on one worker; None: as many as max_tokens allows.
-        max_tokens: of one forward on one worker, over all adapters of a pack.
-        num_threads: torch threads of a CPU worker; part of what makes two runs identical.
-        keep_weights: whether weights outlive the trial; False: a study wants its numbers alone, and a
-            fine-tuned model per point fills a disk.
-    """
-
-    name: str
-    folder: Path
-    base: BaseSpec
-    data: DataSpec
-    candidate: Candidate
-    num_examples: int
-    eval_every: int
-    group_by_length: bool = False
-    micro_batch_size: int | None = None
-    max_tokens: int = DEFAULT_MAX_TOKENS
-    num_threads: int = 1
-    keep_weights: bool = True
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TrialSpec":
-        """The spec that a trial's config.json holds."""
-        parts = {
-            "folder": Path(values["folder"]),
-            "base": BaseSpec(**values["base"]),
-            "data": DataSpec(**values["data"]),
-            "candidate": Candidate.from_dict(values["candidate"]),
-        }
-        return cls(**(values | parts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +60,6 @@ class TrialResult:
     def best(self) -> dict[str, Any] | None:
         """The trained row with the lowest eval_loss; None when there is none."""
         return best_row(self.rows)
-
-
-Report = Callable[[dict[str, Any]], bool]
-"""Gets each metrics row on every worker; returns whether the trial goes on."""
 
 
 def train_trial(spec: TrialSpec, report: Report) -> TrialResult:
@@ -154,23 +100,6 @@ def recorded_rows(spec: TrialSpec) -> list[dict[str, Any]]:
     reached = checkpoint_examples(paths.checkpoint)
     rows = read_json_lines(paths.metrics)
     return [row for row in rows if row["steps"] > 0 and row["examples"] <= reached]
-
-
-def run_spec(spec: TrialSpec) -> RunSpec:
-    """The training half of a candidate."""
-    candidate = spec.candidate
-    return RunSpec(
-        learning_rate=candidate.learning_rate,
-        global_batch_size=candidate.global_batch_size,
-        num_examples=spec.num_examples,
-        eval_every=spec.eval_every,
-        lr_schedule=cast(Any, candidate.lr_schedule),
-        warmup=candidate.warmup,
-        weight_decay=candidate.weight_decay,
-        max_grad_norm=candidate.max_grad_norm,
-        seed=candidate.seed,
-        group_by_length=spec.group_by_length,
-    )
 
 
 class Station:
@@ -301,107 +230,3 @@ class Station:
         limits = replace(station.trainer.limits, max_tokens=self.trainer.limits.max_tokens)
         station.trainer.limits = limits
         return station
-
-
-class Recorder:
-    """Writes each evaluation to the trial's folder and reports it. Called on every worker; world rank 0
-    writes.
-
-    Args:
-        examples: that the run had seen at its last evaluation before it entered.
-    """
-
-    def __init__(
-        self, spec: TrialSpec, probe: Probe, paths: TrialPaths, report: Report, *, examples: int
-    ) -> None:
-        self.spec, self.probe, self.paths, self.report = spec, probe, paths, report
-        self.writes = probe.comm.world_rank == 0
-        # A restart goes on from the checkpoint: rows written after it will be written again.
-        self.rows = [row for row in read_json_lines(paths.metrics) if row["examples"] <= examples]
-        best = best_row(self.rows)
-        is_best = best is not None and best["examples"] == checkpoint_examples(paths.checkpoint)
-        if self._keeps and is_best:
-            copy_weights(paths.checkpoint, paths.best)  # a worker that died before it did
-
-    def __call__(self, run: Run, evaluation: Evaluation) -> bool:
-        """Whether the run goes on.
-
-        Raises:
-            GateError: what was saved is not what was trained; on all workers alike.
-        """
-        row = asdict(evaluation)
-        if self.spec.data.retention is None:
-            del row["retention_loss"]
-        # A worker that died right after its first checkpoint evaluates the base once more.
-        self.rows = [*(old for old in self.rows if old["examples"] < row["examples"]), row]
-        # The row first: a checkpoint without its row would lose that evaluation for good.
-        if self.writes:
-            write_json_lines(self.paths.metrics, self.rows)
-        self.save(run)
-        if self._keeps and best_row(self.rows) is row:
-            copy_weights(self.paths.checkpoint, self.paths.best)
-        return self.report(row)
-
-    def save(self, run: Run) -> None:
-        """Writes a checkpoint, of an evaluation or between two; the same GateErrors, on all workers."""
-        probe_loss = self.probe.loss(run)
-        refusal = self._checkpoint(run, probe_loss) if self.writes else ""
-        if refusal := self.probe.comm.share(refusal):
-            raise GateError(refusal)
-
-    def _checkpoint(self, run: Run, probe_loss: float) -> str:
-        """Why the gate refused what was written; empty: it did not."""
-        try:
-            save_checkpoint(
-                self.probe.pack,
-                run,
-                self.paths.checkpoint,
-                base_name=self.spec.base.model,
-                revision=self.spec.base.revision,
-                probe_loss=probe_loss,
-            )
-        except GateError as error:
-            return str(error)
-        return ""
-
-    @property
-    def _keeps(self) -> bool:
-        return self.writes and self.spec.keep_weights
-
-    @property
-    def trained_rows(self) -> list[dict[str, Any]]:
-        """The rows after the untouched base's."""
-        return [row for row in self.rows if row["steps"] > 0]
-
-    @property
-    def num_trained_rows(self) -> int:
-        return len(self.trained_rows)
-
-    def fail(self, run: Run, error: GateError) -> None:
-        """Ends a run whose save or checkpoint did not pass the gate; `finish` writes the rest."""
-        run.status, run.reason = "failed", str(error)
-        if self.writes:
-            self.write_failure(self.paths, error, run.examples, run.steps)
-
-    def finish(self, run: Run) -> None:
-        """Writes how the trial ended."""
-        if self.writes:
-            self.write_status(self.paths, run.status, run.reason, run.examples, run.steps)
-            if not self.spec.keep_weights:
-                remove_folder(self.paths.checkpoint)
-
-    @staticmethod
-    def write_status(
-        paths: TrialPaths, status: str, reason: str, examples: int, steps: int
-    ) -> None:
-        """status.json of a trial."""
-        write_json(
-            paths.status,
-            {"status": status, "reason": reason, "examples": examples, "steps": steps},
-        )
-
-    @classmethod
-    def write_failure(cls, paths: TrialPaths, error: Exception, examples: int, steps: int) -> None:
-        """error.txt and status.json of a trial that failed."""
-        write_text(paths.error, "".join(traceback.format_exception(error)))
-        cls.write_status(paths, "failed", str(error), examples, steps)

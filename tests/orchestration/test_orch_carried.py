@@ -10,7 +10,8 @@ import yaml
 
 from orchestration.cli import main
 from orchestration.config import CarriedFrom, ConfigError, load_config, make_config
-from orchestration.planning import make_plan, plan_to_dict
+from orchestration.plan_json import plan_to_dict
+from orchestration.planning import make_plan
 from orchestration.show import confirmation_lines, show_plan
 from search_spaces.candidate import Candidate, trial_name
 from tests.test_imports import HEAVY, LLAMA_70B, VERB, loaded_after

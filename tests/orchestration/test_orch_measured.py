@@ -9,7 +9,8 @@ import pytest
 
 from orchestration.config import make_config
 from orchestration.measured import base_loss, capacity_sentence, measured_of
-from orchestration.planning import make_plan, plan_to_dict
+from orchestration.plan_json import plan_to_dict
+from orchestration.planning import make_plan
 from trainers.base_loss import BaseLoss, Estimate, measure_base_loss
 from trainers.base_spec import BaseSpec
 from trainers.data.spec import DataSpec

@@ -6,7 +6,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from orchestration.config import make_config
-from orchestration.planning import default_name, make_budget, make_plan, plan_to_dict
+from orchestration.plan_json import plan_to_dict
+from orchestration.planning import default_name, make_budget, make_plan
 from orchestration.show import show_plan
 from search_spaces.pruner import NothingAdmittedError
 

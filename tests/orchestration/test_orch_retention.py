@@ -11,7 +11,8 @@ from cluster.inventory import TrialDemand
 from cluster.packing import PackPlan
 from orchestration.config import make_config
 from orchestration.forgetting import retention_sentence
-from orchestration.planning import make_plan, plan_to_dict
+from orchestration.plan_json import plan_to_dict
+from orchestration.planning import make_plan
 from orchestration.results import TrialRecord
 from orchestration.results_table import show_results
 from orchestration.tracking import metrics_of

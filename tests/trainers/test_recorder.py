@@ -13,7 +13,7 @@ from tests.trainers.trials import numbers, trial
 from trainers.checkpoint import load_checkpoint
 from trainers.gate import Probe
 from trainers.paths import TrialPaths, read_json, read_json_lines
-from trainers.sft_trainer import Recorder
+from trainers.recorder import Recorder
 
 RUN = replace(RUNS["a"], learning_rate=3e-2, num_examples=18, eval_every=6)
 
