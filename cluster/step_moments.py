@@ -27,6 +27,9 @@ LOGIT_COPIES = 3
 """fp32 copies of a chunk's logits at the worst moment: log-softmax, its gradient, the logits' gradient."""
 CHUNK_BYTES: dict[DeviceType, int] = {"cpu": 4 << 20, "cuda": 256 << 20}
 """fp32 logits of a chunk; trainers/head.py holds the same table, and a test compares them."""
+ARRIVING_COPIES: dict[DeviceType, int] = {"cpu": 2, "cuda": 1}
+"""Of a single weight while it is gathered. Measured: gloo's all-gather holds a flat copy of its output
+(benchmarks/sharded_layers.py); NCCL writes where the weight will be."""
 PREFETCH_PARAMS = 50_000_000
 """Parameters that DeepSpeed gathers ahead. Source: DeepSpeedZeRoOffload's default in 0.19."""
 
@@ -180,11 +183,14 @@ class _Step:
         )
 
     def gather(self) -> Transient:
-        """A layer's weights arrive: a flat buffer and what is copied out of it, and the next one's."""
+        """A layer's weights arrive: a flat buffer and what is copied out of it, and the next one's; or the
+        head's."""
         layer = self._layer_weight_bytes()
         ahead = min(layer, PREFETCH_PARAMS * self.e + self._largest_weight_bytes())
+        head = ARRIVING_COPIES[self.device_type] * self._head_bytes()
         return Transient(
-            gathered=2 * layer + ahead, activations=self._kept_by_layers() + self._final()
+            gathered=max(2 * layer + ahead, head),
+            activations=self._kept_by_layers() + self._final(),
         )
 
     def _backward_of(self, block: Block, layer: LayerBytes) -> Transient:

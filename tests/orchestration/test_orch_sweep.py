@@ -95,17 +95,28 @@ def close(found: dict[str, list], expected: dict[str, list], within: float) -> b
 
 
 @pytest.mark.slow
-def test_sweep_packed_on_two_workers_ends_in_the_numbers_of_one(tmp_path):
-    config = {"lora_rank": [4, 8], "learning_rate": [1e-3, 3e-3], "examples": 64}
-    config |= {"scheduler": "fifo", "quantization": "none", "dtype": "fp32"}
+def test_sweep_on_two_workers_ends_in_the_numbers_of_one_whole_or_sharded(tmp_path):
+    config = {"lora_rank": [4, 8], "learning_rate": [1e-3, 3e-3], "examples": 64, "pack_size": 4}
+    config |= {"scheduler": "fifo", "dtype": "fp32"}
     found = {}
-    for count in (1, 2):
-        run, done = sweep(tmp_path, name=f"of{count}", workers_per_trial=count, **config)
+    for strategy, count in (("single", 1), ("ddp", 2), ("zero3", 2)):
+        run, done = sweep(
+            tmp_path, name=strategy, strategy=strategy, workers_per_trial=count, **config
+        )
         assert done.returncode == 0, told(done)
-        found[count] = losses(run)
-        assert [len(each) for each in found[count].values()] == [5] * 4
-        assert json.loads((run / "packs.json").read_text())["places"] > 1  # they shared workers
-    assert close(found[2], found[1], 1e-5)
+        found[strategy] = losses(run)
+        assert [len(each) for each in found[strategy].values()] == [5] * 4
+        packs = json.loads((run / "packs.json").read_text())
+        assert packs["strategy"] == strategy
+        assert packs["num_groups"] * packs["places"] == 4
+    assert close(found["ddp"], found["single"], 1e-5)
+    assert close(found["zero3"], found["single"], 1e-4)
+    best = best_trial(read_trials(RunPaths(run)))
+    assert best is not None
+    assert best.best is not None
+    spec = DataSpec(**json.loads((run / "trials" / best.name / "config.json").read_text())["data"])
+    by_peft = loss_by_peft(run, prepare_data(spec).eval)
+    assert by_peft == pytest.approx(best.best["eval_loss"], abs=1e-4)
 
 
 @pytest.mark.slow
