@@ -1,6 +1,7 @@
 """Demands for the tests of the manifests, and a machine on which their shell is run for real."""
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -130,6 +131,8 @@ class Machine:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # As Slurm starts it; tests that run in the background of a shell inherit an ignored SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, script: str, **environment: str) -> tuple[int, str]:
