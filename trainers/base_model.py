@@ -79,7 +79,7 @@ def _load(spec: BaseSpec, dtype: torch.dtype, device: torch.device) -> PreTraine
         revision=spec.revision or "main",
         dtype=dtype,
         device_map={"": device},
-        quantization_config=_nf4_config(dtype) if spec.quantization == "nf4" else None,
+        quantization_config=nf4_config(dtype) if spec.quantization == "nf4" else None,
         trust_remote_code=False,
         use_safetensors=True,
     )
@@ -109,7 +109,7 @@ def _load_sharded(spec: BaseSpec, dtype: torch.dtype, device: torch.device) -> P
         spec.revision,
         dtype=dtype,
         device=device,
-        quantization=_nf4_config(dtype, storage=dtype) if nf4 else None,
+        quantization=nf4_config(dtype, storage=dtype) if nf4 else None,
         check=lambda part: _require_gradients(part, dtype) if nf4 else None,
     )
 
@@ -169,7 +169,13 @@ def device_name(device: torch.device) -> str:
     return f"{cpu_name()}, {torch.get_num_threads()} thread(s)"
 
 
-def _nf4_config(dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig:
+def nf4_config(dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig:
+    """NF4 with double quantization.
+
+    Args:
+        dtype: compute type.
+        storage: type of the numbers that hold the four-bit weights.
+    """
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from transformers import AutoModelForCausalLM
 
 from tests.trainers.packs import adapter
 from tests.trainers.tiny import Row, Rows, tiny_model
 from trainers.adapters import Pack
+from trainers.base_model import nf4_config
 from trainers.batches import RowSource
 from trainers.comm import Comm
 from trainers.composer import ForwardLimits
@@ -69,6 +71,26 @@ def two_workers(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("two")
     mp.spawn(_work, args=(str(folder),), nprocs=2)
     return [read_json(folder / f"{rank}.json") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("storage", "dtypes"),
+    [(torch.uint8, {torch.uint8, torch.bfloat16}), (torch.bfloat16, {torch.bfloat16})],
+    ids=["default", "sharded"],
+)
+def test_d02_nf4_stored_in_the_compute_type_leaves_one_dtype(tmp_path, storage, dtypes):
+    # What is sharded is flattened together and must be of one type; adapters are fp32, in their store.
+    tiny_model(torch.float32).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        dtype=torch.bfloat16,
+        device_map={"": CPU},
+        quantization_config=nf4_config(torch.bfloat16, storage=storage),
+    )
+    assert {parameter.dtype for parameter in model.parameters()} == dtypes
+    pack = Pack(model)
+    pack.enter(adapter(model, "a"))
+    assert pack.store.memory_4SP.dtype == torch.float32
 
 
 def test_d05_zero3_config_gives_micro_batch_and_accumulation_alone():
