@@ -38,24 +38,31 @@ def local_inventory() -> Inventory:
     nvidia-smi lists (cut by CUDA_VISIBLE_DEVICES)."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_gpus = _local_gpus()
+    models = gpu_models() if num_gpus else []
     return Inventory(
         num_cpus=cpus,
         num_gpus=num_gpus,
         where="this machine",
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        gpu_bytes=smallest_gpu_bytes() if num_gpus else None,
+        gpu_bytes=min((size for _, size in models), default=None),
+        gpu_name=models[0][0] if len({name for name, _ in models}) == 1 else None,
     )
+
+
+def gpu_models() -> list[tuple[str, int]]:
+    """Name and bytes of every GPU that nvidia-smi lists."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        listing = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (FileNotFoundError, subprocess.SubprocessError):
+        return []
+    parts = [line.rpartition(",") for line in listing.stdout.splitlines()]
+    return [(n.strip(), int(size) << 20) for n, _, size in parts if size.strip().isdigit()]
 
 
 def smallest_gpu_bytes() -> int | None:
     """Memory of the smallest GPU that nvidia-smi lists; None where there is none."""
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        listing = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (FileNotFoundError, subprocess.SubprocessError):
-        return None
-    sizes = [int(line) << 20 for line in listing.stdout.split() if line.isdigit()]
-    return min(sizes, default=None)
+    return min((size for _, size in gpu_models()), default=None)
 
 
 def room_per_worker(demand: TrialDemand, num_groups: int, inventory: Inventory) -> int | None:

@@ -210,8 +210,11 @@ def _fit(
 
 
 def _most_groups(way: Way, workload: Workload, inventory: Inventory) -> int:
-    present = inventory.num_gpus or inventory.num_cpus
-    return max(1, min(workload.num_trials, present // way.num_workers))
+    present, count = inventory.num_gpus or inventory.num_cpus, way.num_workers
+    node = max(1, present // inventory.num_nodes)
+    # A group that fits one machine stays in one.
+    most = inventory.num_nodes * (node // count) if count <= node else present // count
+    return max(1, min(workload.num_trials, most))
 
 
 def _fit_of_groups(

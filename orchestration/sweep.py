@@ -4,7 +4,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +83,28 @@ def cluster_inventory(local: bool) -> Inventory:
     import ray
 
     resources = ray.cluster_resources()
-    here = local_inventory() if local else None
+    here, has_gpus = local_inventory() if local else None, bool(resources.get("GPU"))
     return Inventory(
         num_cpus=int(resources.get("CPU", 0)),
         num_gpus=int(resources.get("GPU", 0)),
         where="the Ray cluster",
         memory_bytes=here.memory_bytes if here else int(resources.get("memory", 0)) or None,
         gpu_bytes=here.gpu_bytes if here else _gpu_bytes_there(resources),
+        gpu_name=here.gpu_name if here else _gpu_name_there(resources),
+        num_nodes=1 if here else _worker_nodes(ray.nodes(), "GPU" if has_gpus else "CPU"),
     )
+
+
+def _gpu_name_there(resources: Mapping[str, float]) -> str | None:
+    """The model of a cluster's GPUs, as Ray found it; None where there are several, or none."""
+    prefix = "accelerator_type:"
+    names = {key.removeprefix(prefix) for key in resources if key.startswith(prefix)}
+    return names.pop() if len(names) == 1 else None
+
+
+def _worker_nodes(nodes: Sequence[Mapping[str, Any]], resource: str) -> int:
+    """Nodes on which workers can stand, at least 1."""
+    return max(1, sum(bool(n["Alive"] and n["Resources"].get(resource)) for n in nodes))
 
 
 def _gpu_bytes_there(resources: Mapping[str, float]) -> int | None:

@@ -104,6 +104,26 @@ def test_local_inventory_gpus_are_those_listed_and_visible(
     assert local_inventory().num_gpus == expected
 
 
+@pytest.mark.parametrize(
+    ("lines", "name", "size"),
+    [
+        (["NVIDIA H100 80GB HBM3, 81559"] * 2, "NVIDIA H100 80GB HBM3", 81559 << 20),
+        (["NVIDIA L4, 23034", "Tesla T4, 15360"], None, 15360 << 20),
+        (["NVIDIA GB10, [N/A]"], None, None),  # memory that is shared with the CPU
+    ],
+)
+def test_local_inventory_names_the_gpus_and_the_smallest(tmp_path, monkeypatch, lines, name, size):
+    script = tmp_path / "nvidia-smi"
+    listed = "".join(f"echo 'GPU {i}: x'\n" for i in range(len(lines)))
+    queried = "".join(f"echo '{line}'\n" for line in lines)
+    script.write_text(f'#!/bin/sh\nif [ "$1" = -L ]; then\n{listed}else\n{queried}fi\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = local_inventory()
+    assert (found.num_gpus, found.gpu_name, found.gpu_bytes) == (len(lines), name, size)
+
+
 @pytest.mark.parametrize("visible", [None, "0,1"])
 def test_local_inventory_without_a_driver_has_no_gpu(tmp_path, monkeypatch, visible):
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -60,6 +60,12 @@ def test_choose_workers_fill_whole_nodes_where_one_node_is_too_small():
         chosen(needs(290), "2x3x48GB")  # 6 of 6: no batch of 16
 
 
+def test_choose_a_group_that_fits_one_machine_stays_in_one():
+    # Two of three GPUs in each of two machines: the third pair would cross the network.
+    fit = chosen(needs(60), "2x3x40GB")
+    assert (fit.way.strategy, fit.way.num_workers, fit.num_groups) == ("zero3", 2, 2)
+
+
 def test_choose_more_gpus_than_trials_share_the_batches():
     fit = chosen(needs(5), "8x80GB", replace(WORK, num_trials=2))
     assert fit.way == Way(strategy="ddp", num_workers=4, gradient_checkpointing=False)
