@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from search_spaces.capacity import sufficient_rank
-from search_spaces.pruner import NothingAdmittedError, cut_rank_domain, prune
+from search_spaces.pruner import MEMORY, NothingAdmittedError, Verdict, cut_rank_domain, prune
 from search_spaces.space import Candidate, DatasetFacts, build_space, grid_candidates
 
 ALL_LINEAR = ("attn", "mlp")
@@ -153,3 +153,57 @@ def test_cut_rank_domain_only_dropout_left_raises_also_when_advisory(tiny_moe):
     space = build_space(tiny_moe, overrides={"dropout": 0.05, "target": "experts"})
     with pytest.raises(NothingAdmittedError, match="set dropout: 0"):
         cut_rank_domain(space, tiny_moe, 10**9, policy="advisory")
+
+
+def _no_room_above(lora_rank: int):
+    """A rule from outside, as cluster/ gives: what is above a rank has no room."""
+
+    def verdict(rank: int, target: tuple[str, ...]) -> Verdict | None:
+        numbers = {"lora_rank": rank, "needed_bytes": 10 * rank, "room_bytes": 10 * lora_rank}
+        text = f"rank {rank} on {'+'.join(target)} needs {10 * rank}"
+        return Verdict(rule=MEMORY, reason=text, numbers=numbers) if rank > lora_rank else None
+
+    return verdict
+
+
+def test_prune_outside_rule_discards_what_capacity_admits(tiny_llama):
+    no_room = _no_room_above(8)
+    candidates = [_candidate(lora_rank=rank) for rank in (4, 8, 16)]
+    result = prune(candidates, tiny_llama, 32_768, outside=lambda c: no_room(c.lora_rank, c.target))
+    assert [c.lora_rank for c in result.admitted] == [8]
+    assert [(d.candidate.lora_rank, d.rule) for d in result.discarded] == [
+        (4, "capacity"),
+        (16, "memory"),
+    ]
+    assert result.discarded[1].numbers["needed_bytes"] == 160
+
+
+def test_prune_advisory_capacity_is_no_excuse_for_memory(tiny_llama):
+    no_room = _no_room_above(4)
+    candidates = [_candidate(lora_rank=rank) for rank in (4, 8)]
+    result = prune(
+        candidates,
+        tiny_llama,
+        10**9,
+        policy="advisory",
+        outside=lambda c: no_room(c.lora_rank, c.target),
+    )
+    assert [c.lora_rank for c in result.admitted] == [4]
+    assert [d.candidate.lora_rank for d in result.advised] == [4]
+    assert [(d.candidate.lora_rank, d.rule) for d in result.discarded] == [(8, "memory")]
+
+
+def test_prune_nothing_has_room_raises_with_the_nearest(tiny_llama):
+    no_room = _no_room_above(1)
+    candidates = [_candidate(lora_rank=rank) for rank in (16, 8)]
+    with pytest.raises(NothingAdmittedError, match=r"no candidate fits in memory.*rank 8 on"):
+        prune(candidates, tiny_llama, 32_768, outside=lambda c: no_room(c.lora_rank, c.target))
+
+
+def test_cut_rank_domain_keeps_apart_what_has_no_room(tiny_llama):
+    space = build_space(tiny_llama, overrides={"lora_rank": [4, 8, 16, 32], "target": ["attn+mlp"]})
+    [domain] = cut_rank_domain(space, tiny_llama, 32_768, fits=_no_room_above(16))
+    assert (domain.lora_ranks, domain.cut_lora_ranks) == ((8, 16), (4,))
+    assert domain.unfit_lora_ranks == (32,)
+    with pytest.raises(NothingAdmittedError, match="needs 80"):
+        cut_rank_domain(space, tiny_llama, 32_768, fits=_no_room_above(1))
