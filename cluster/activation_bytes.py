@@ -29,7 +29,7 @@ SPELLED_OUT_GELU = frozenset({"gpt2"})
 SCORES_NOT_COUNTED = frozenset({"gemma2", "gpt_oss", "falcon"})
 """Model types whose attention (a softcap, sinks, a mask on one key head) has no fused kernel and keeps its
 scores, row_tokens numbers for each head and token. The shape does not say how many heads there are, so
-these bytes are missing: plan them with short rows or a margin."""
+these bytes are missing: `planned_bytes` adds a margin."""
 NORM_BACKWARD = 5
 """fp32 tensors of width H alive at the peak of an RMSNorm's backward pass, beside what it saved.
 Source: live storages of torch 2.13 at that moment, bf16 and fp32."""

@@ -71,7 +71,7 @@ def cluster_need(config: "SweepConfig", args: argparse.Namespace) -> "ClusterNee
 
 
 def _gpu_name(args: argparse.Namespace, config: "SweepConfig") -> str | None:
-    gpu = args.gpu
+    gpu = args.gpu or _named_in(config)
     if config.gpus_per_worker == 0:
         if gpu or args.gpus_per_node is not None:
             flag = f"--gpu {gpu}" if gpu else f"--gpus-per-node {args.gpus_per_node}"
@@ -79,14 +79,24 @@ def _gpu_name(args: argparse.Namespace, config: "SweepConfig") -> str | None:
         return None
     if gpu is None:
         raise ValueError(
-            "--gpu must name the GPUs of the cluster (as H100-80GB); for a cluster without GPUs set "
-            "gpus_per_worker: 0 in the sweep"
+            "--gpu must name the GPUs of the cluster (as H100-80GB), or the sweep's inventory (as "
+            "8xH100-80GB); for a cluster without GPUs set gpus_per_worker: 0 in the sweep"
         )
     if not GPU_NAME.fullmatch(gpu):
         raise ValueError(f"--gpu must be model and memory, as H100-80GB, got {gpu!r}")
     if args.gpus_per_node is not None and args.gpus_per_node < 1:
         raise ValueError(f"--gpus-per-node must be at least 1, got {args.gpus_per_node}")
     return gpu
+
+
+def _named_in(config: "SweepConfig") -> str | None:
+    """The GPU that the sweep's own inventory names, as NAME-SIZEGB."""
+    from cluster.gpus import GB, parse_inventory
+
+    found = parse_inventory(config.inventory) if config.inventory else None
+    if found is None or found.gpu_name is None or found.gpu_bytes is None:
+        return None
+    return f"{found.gpu_name}-{found.gpu_bytes / GB:g}GB"
 
 
 def _placed(

@@ -60,7 +60,7 @@ def run_sweep(config: SweepConfig, source: str) -> int:
         ValueError: anything that can be known before a trial starts. Nothing is left behind.
     """
     run = RunPaths(Path(config.storage) / run_name(config))
-    _require_new(run)
+    require_new(run)
     share_cache(config.address, config.storage)
     plan = _checked_plan(with_commit(config))
     console = Console(highlight=False)
@@ -234,8 +234,11 @@ def _removed_if_refused(run: RunPaths) -> Iterator[None]:
         raise
 
 
-def _require_new(run: RunPaths) -> None:
-    if run.root.exists():
+def require_new(run: RunPaths) -> None:
+    """A driver that died before plan.json, the last of the inputs, has left nothing to go on with."""
+    inputs = {run.config.name, run.resolved.name, run.lock.name, run.workers.name}
+    found = run.root.iterdir() if run.root.is_dir() else ()
+    if run.root.is_file() or any(p.name not in inputs and p.suffix != ".tmp" for p in found):
         raise ValueError(
             f"{run.root}: the run folder exists already; give another name (--name) or remove it"
         )

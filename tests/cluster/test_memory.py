@@ -271,3 +271,13 @@ def test_published_70b_on_two_cards_of_40_gb_is_planned_there():
     whole = replace(NF4, gradient_checkpointing=True)
     alone = planned_bytes(LLAMA2_70B, whole, forward, target="attn+mlp", num_slots=1)
     assert alone > 40 * GB
+
+
+def test_planned_bytes_of_uncounted_attention_scores_have_a_margin():
+    few = Forward(num_adapters=1, tokens=512, row_tokens=512, loss_tokens=512, lora_rank=64)
+    for model_type, margin in (("gemma2", 1.25), ("llama", 1.0)):
+        shape = replace(LLAMA_8B, model_type=model_type)
+        step = step_bytes(shape, BF16, few, target="attn", num_slots=1)
+        planned = planned_bytes(shape, BF16, few, target="attn", num_slots=1)
+        expected = margin * step.total / USABLE_SHARE + FIXED_BYTES["cuda"]
+        assert planned == pytest.approx(expected, rel=1e-6)

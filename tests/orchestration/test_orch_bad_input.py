@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from orchestration.cli import main
+from orchestration.run import require_new
+from trainers.paths import RunPaths, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = "word " * 60
@@ -235,6 +237,18 @@ def test_bad_demand_above_the_machine_gives_both_numbers(
     (line,) = told("sweep", write_sweep(global_batch_size=16, **values), capsys)
     for part in parts:
         assert part in line
+
+
+def test_run_folder_of_a_driver_that_died_before_its_plan_may_begin_again(tmp_path):
+    run = RunPaths(tmp_path / "run")
+    write_text(run.config, "model: m")
+    write_text(run.resolved, "{}")
+    run.lock.touch()
+    (run.root / ".plan.json.17.tmp").touch()
+    require_new(run)
+    write_text(run.plan, "{}")
+    with pytest.raises(ValueError, match="exists already"):
+        require_new(run)
 
 
 @pytest.mark.parametrize("name", ["mine", None])
