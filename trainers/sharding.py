@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 
 from trainers.gradient_checkpointing import decoder_layers
 
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+
 
 def zero3_config(micro_batch_size: int = 1, grad_accum_steps: int = 1) -> dict[str, Any]:
     """DeepSpeed's config of a sharded base.
@@ -109,7 +111,10 @@ def prepare_deepspeed(device: torch.device) -> None:
     # DeepSpeed calls torch's all-gather by a name that torch is about to retire.
     warnings.filterwarnings("ignore", "`torch.distributed", category=FutureWarning)
     import deepspeed.comm
+    import deepspeed.ops
 
+    # Else it compiles an all-reduce of its own for CPUs, which nothing here calls.
+    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
     deepspeed.comm.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
