@@ -179,7 +179,7 @@ def test_confirmation_of_a_sweep_with_data_counts_its_tokens(workplace, write_sw
     mean = plan.audit.num_train_tokens / plan.audit.num_train_rows
     assert found["num_examples"] == 500
     assert found["num_tokens"] == round(3 * 500 * mean)
-    lines = confirmation_lines({"confirmation": found})
+    lines = confirmation_lines({"confirmation": found, "packs": None})
     assert f"3 trials x 500 examples, {found['num_tokens']:,} tokens in all" in lines[0]
     assert [line.strip() for line in lines[1:]] == found["yaml"].splitlines()
 
