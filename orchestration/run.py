@@ -191,10 +191,12 @@ def _train(plan: Plan, run: RunPaths, console: Console, write_inputs: Any) -> in
     local = plan.config.address is None
     try:
         sweep.start_ray(plan.config.address)
-        inventory = sweep.cluster_inventory(local=local)
-        plan = _fitted(plan, inventory, console)
-        inventory = checked_inventory(needs_of(plan, run, inventory), inventory, local=local)
-        plan_packs(plan, inventory)  # on the smallest GPU of all nodes
+        found = sweep.cluster_inventory(local=local)
+        fitted = _fitted(plan, found, console)
+        inventory = checked_inventory(needs_of(fitted, run, found), found, local=local)
+        # Again where a node has a smaller GPU than the one that was asked first.
+        plan = fitted if inventory == found else _fitted(plan, inventory, console)
+        plan_packs(plan, inventory)
         as_json = plan_to_dict(plan, shown_packs(plan, None if local else inventory))
         with driving(run), _removed_if_refused(run):
             write_inputs(plan, as_json)
