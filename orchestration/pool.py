@@ -24,6 +24,8 @@ PREEMPTIONS = 100
 """Nodes that may be taken away from a group: it costs no trial more than the seconds since a save. A group
 that lost a hundred mostly loads the base, and its user should know."""
 POLL_S = 0.2
+START_GRACE_S = 10.0
+"""How long the end of a sweep waits for groups whose workers may be starting; the others end within 2 s."""
 JOIN_S = 20.0
 """How long the end of a sweep waits for a group that never had workers; it ends with the driver."""
 WAIT_VARIABLE = "TENFOLD_GROUP_WAIT_S"
@@ -94,6 +96,11 @@ class Pool:
 
         self.ending = True
         ray.get(self.broker.stop.remote())
+        # Workers that just start hear it too, and end as they should: a controller that is killed leaves
+        # its placement group behind until the driver ends.
+        until = time.monotonic() + START_GRACE_S
+        for _, thread in self.threads:
+            thread.join(max(0.0, until - time.monotonic()))
         waiting: Any = ray.get(self.broker.waiting.remote())
         for controller in filter(None, waiting.values()):
             ray.kill(controller)  # it waits for a node, and hears nothing

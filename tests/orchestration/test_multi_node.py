@@ -162,7 +162,7 @@ def test_group_restarts_on_a_node_that_comes_back_and_the_end_does_not_wait_for_
         kill(joined, node_of(joined, pool.groups()[name]))
         wait_until(lambda: name in ray.get(pool.broker.waiting.remote()))
         began = time.monotonic()
-    assert time.monotonic() - began < 15  # seconds; no node comes for pool.GROUP_WAIT_S
+    assert time.monotonic() - began < 60  # seconds; no node comes for board.GROUP_WAIT_S
     # What the run that waited had reserved goes with its driver.
     ray.shutdown()
     ray.init(address=joined.address, log_to_driver=False, logging_level="error")
