@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-all lint install clean
+.PHONY: demo test test-all test-faults lint install clean
 
 install: $(STAMP)
 
@@ -20,6 +20,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-faults: $(STAMP)
+	@$(BIN)/python -m pytest -m faults
 
 test-all: $(STAMP)
 	@$(BIN)/python -m pytest

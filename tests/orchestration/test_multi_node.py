@@ -111,6 +111,7 @@ def test_sweep_whose_node_dies_in_the_middle_ends_every_trial_with_its_undisturb
     assert losses(run) == losses(undisturbed)
 
 
+@pytest.mark.faults
 def test_sweep_that_loses_all_nodes_ends_with_a_clear_line_and_resumes(
     cluster, tmp_path, monkeypatch
 ):
@@ -145,6 +146,7 @@ def assert_all_finished(run: Path) -> None:
 # Groups
 
 
+@pytest.mark.faults
 def test_group_restarts_on_a_node_that_comes_back_and_the_end_does_not_wait_for_one_that_does_not(
     joined, run
 ):
@@ -209,6 +211,7 @@ def measured(folder: Path, spec: TrialSpec) -> dict[str, Any]:
     return {"path": str(folder / "speed.json"), "lora_rank": 4, "row_tokens": 32}
 
 
+@pytest.mark.faults
 def test_node_that_is_taken_away_hands_its_trial_on_in_the_middle_of_a_rung(
     joined, run, long_trial, tmp_path
 ):
