@@ -99,7 +99,7 @@ class Pool:
         # Workers that just start hear it too, and end as they should: a controller that is killed leaves
         # its placement group behind until the driver ends.
         until = time.monotonic() + START_GRACE_S
-        for _, thread in self.threads:
+        for _groups, thread in self.threads:
             thread.join(max(0.0, until - time.monotonic()))
         waiting: Any = ray.get(self.broker.waiting.remote())
         for controller in filter(None, waiting.values()):
