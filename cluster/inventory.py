@@ -93,6 +93,11 @@ def _listed_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
 
 
+def workers_per_gpu(share: float) -> int:
+    """Workers that take a share of one GPU each, 0 < share <= 1."""
+    return int(round(1 / share, 6))  # rounded: 1 // 0.1 is 9
+
+
 def max_concurrent_trials(demand: TrialDemand, inventory: Inventory) -> int:
     """How many trials the cluster can run at once. More would leave coordinators waiting for
     workers that never come: Ray reserves for a trial's driver and its workers separately.
@@ -114,8 +119,7 @@ def max_concurrent_trials(demand: TrialDemand, inventory: Inventory) -> int:
     limits = [inventory.num_cpus // (demand.cpus_per_worker * demand.num_workers)]
     if demand.gpus_per_worker:
         if demand.gpus_per_worker < 1:
-            # Rounded: 1 // 0.1 is 9.
-            limits.append(inventory.num_gpus * int(round(1 / demand.gpus_per_worker, 6)))
+            limits.append(inventory.num_gpus * workers_per_gpu(demand.gpus_per_worker))
         else:
             limits.append(int(inventory.num_gpus // (demand.gpus_per_worker * demand.num_workers)))
     return min(limits)

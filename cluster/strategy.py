@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 from cluster.gpus import GB
 from cluster.inventory import Inventory
+from cluster.placement import split_global_batch
 
 Strategy = Literal["single", "ddp", "zero3"]
 COMFORTABLE_TOKENS = {"cpu": 512, "gpu": 4096}
@@ -157,7 +158,8 @@ def _shares(
 ) -> Iterator[tuple[Strategy, int]]:
     given = asked.num_workers
     if given is not None:
-        _require_even(workload, given)
+        for size in workload.global_batch_sizes:
+            split_global_batch(size, given, 1)
     whole = given or 1
     copies: Strategy = "single" if whole == 1 else "ddp"
     if asked.strategy in (None, copies):
@@ -181,14 +183,6 @@ def _even_counts(workload: Workload, inventory: Inventory) -> Iterator[int]:
         even = all(size % count == 0 for size in workload.global_batch_sizes)
         if even and (count <= node or count % node == 0):
             yield count
-
-
-def _require_even(workload: Workload, num_workers: int) -> None:
-    for size in workload.global_batch_sizes:
-        if size % num_workers:
-            raise ValueError(
-                f"global_batch_size must be a multiple of workers_per_trial ({num_workers}), got {size}"
-            )
 
 
 def _fit(

@@ -134,11 +134,9 @@ def _planned_on(config: "SweepConfig", gpu: str | None, size: int) -> tuple["Pla
 
 
 def _packs(plan: "Plan", inventory: "Inventory", way: "Way | None" = None) -> "PackPlan":
-    from cluster.packing import FORWARD_TOKENS
     from orchestration.packs import plan_packs
 
-    tokens = FORWARD_TOKENS["gpu" if inventory.num_gpus else "cpu"]
-    return plan_packs(plan, inventory, way=way, assumed_tokens=tokens)
+    return plan_packs(plan, inventory, way=way, elsewhere=True)
 
 
 def _discards_by_memory(plan: "Plan") -> bool:
@@ -156,7 +154,7 @@ def node_inventory(config: "SweepConfig", gpu: str | None, num_gpus: int) -> "In
         num_gpus: of a node; 0 without.
     """
     from cluster.gpus import parse_inventory
-    from cluster.inventory import Inventory
+    from cluster.inventory import Inventory, workers_per_gpu
 
     workers = 1 if config.workers_per_trial == "auto" else config.workers_per_trial
     cpus = config.cpus_per_worker
@@ -164,7 +162,7 @@ def node_inventory(config: "SweepConfig", gpu: str | None, num_gpus: int) -> "In
         return Inventory(num_cpus=workers * cpus, num_gpus=0, where="a node of one group")
     share = 1.0 if config.gpus_per_worker == "auto" else config.gpus_per_worker
     nodes = math.ceil(workers * math.ceil(share) / num_gpus)
-    places = nodes * num_gpus * int(round(1 / share, 6))  # rounded: 1 // 0.1 is 9
+    places = nodes * num_gpus * workers_per_gpu(share)
     named = parse_inventory(f"{nodes}x{num_gpus}x{gpu}")
     return replace(named, num_cpus=places * cpus, memory_bytes=None)
 

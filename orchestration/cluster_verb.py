@@ -10,7 +10,6 @@ from orchestration.cluster_sizing import MAX_GROUPS, cluster_need
 
 if TYPE_CHECKING:
     from cluster.manifests.need import ClusterNeed
-    from orchestration.config import SweepConfig
 
 COMMON_FLAGS = {"name", "gpu", "gpus_per_node", "groups", "output", "work_folder"}
 CLOUD_FLAGS = {"region", "zone", "project", "machine_image", "instance_type", "head_type"}
@@ -82,7 +81,7 @@ def run_cluster(args: argparse.Namespace) -> int:
     """
     _check_flags(args)
     from cluster.manifests.need import need_sentence
-    from orchestration.config import load_config
+    from orchestration.config import load_config, local_files, local_inputs
     from orchestration.run import require_supported
     from trainers.paths import write_text
 
@@ -95,7 +94,7 @@ def run_cluster(args: argparse.Namespace) -> int:
     else:
         write_text(args.output, text)
     print(f"tenfold: {need_sentence(need)}", file=sys.stderr)
-    if inputs := local_inputs(config):
+    if inputs := [*local_files([config.model]), *local_inputs(config)]:
         print(
             f"tenfold: the nodes must find, from {need.work_folder}: {', '.join(inputs)}",
             file=sys.stderr,
@@ -118,14 +117,6 @@ def _check_flags(args: argparse.Namespace) -> None:
         return
     if args.provider not in known and (args.provider is not None or args.kind == "ray"):
         raise ValueError(f"--provider must be one of {', '.join(known)}, got {args.provider}")
-
-
-def local_inputs(config: "SweepConfig") -> list[str]:
-    """What the sweep reads from this machine's disk, and so must read there too."""
-    data = [config.data] if isinstance(config.data, str) else list(config.data or {})
-    held_out = [config.eval] if isinstance(config.eval, str) else []
-    named = [config.model, *data, *held_out, config.retention, config.chat_template]
-    return [name for name in named if name and Path(name).expanduser().exists()]
 
 
 def _commented(lines: list[str], need: "ClusterNeed", kind: str) -> str:

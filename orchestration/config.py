@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -302,6 +303,18 @@ def _check_prior(value: Any) -> None:
         raise ValueError(
             f"lr_prior must be doctrine, tinker, a number > 0, or {{from: runs/NAME}}, got {value!r}"
         )
+
+
+def local_inputs(config: SweepConfig) -> list[str]:
+    """What a sweep reads of this machine's disk beside its model, so that workers elsewhere must find it."""
+    data = [config.data] if isinstance(config.data, str) else list(config.data or {})
+    held_out = [config.eval] if isinstance(config.eval, str) else []
+    return local_files([*data, *held_out, config.retention, config.chat_template])
+
+
+def local_files(names: Iterable[str | None]) -> list[str]:
+    """Those names that are paths here; a hub id is fetched by whoever wants it."""
+    return [name for name in names if name and Path(name).expanduser().exists()]
 
 
 def space_overrides(config: SweepConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import lru_cache
 
-from cluster.inventory import Inventory, TrialDemand
+from cluster.inventory import Inventory, TrialDemand, workers_per_gpu
 from cluster.packing import FORWARD_TOKENS, worker_needs
 from cluster.strategy import Asked, DoesNotFitError, Needs, Workload, choose
 from orchestration.config import SweepConfig
@@ -40,7 +40,7 @@ def worker_places(demand: TrialDemand, inventory: Inventory) -> Inventory:
     if not demand.gpus_per_worker:
         return replace(inventory, num_cpus=by_cpu, num_gpus=0, gpu_bytes=None)
     share = min(1.0, demand.gpus_per_worker)
-    on_gpus = inventory.num_gpus * int(round(1 / share, 6))  # rounded: 1 // 0.1 is 9
+    on_gpus = inventory.num_gpus * workers_per_gpu(share)
     gpu_bytes = inventory.gpu_bytes
     return replace(
         inventory,

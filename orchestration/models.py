@@ -3,12 +3,8 @@
 from pathlib import Path
 
 from search_spaces.architecture import ModelShape, UnknownArchitectureError
+from trainers.base_fetch import hub_config, is_hub_id
 from trainers.paths import read_json
-
-
-def is_local(model: str) -> bool:
-    """Whether a model name means a path here (anything that exists, or looks like a path)."""
-    return Path(model).exists() or model.startswith((".", "/", "~")) or model.endswith(".json")
 
 
 def config_path(model: str, revision: str | None = None) -> Path:
@@ -24,22 +20,9 @@ def config_path(model: str, revision: str | None = None) -> Path:
         return path / "config.json"
     if path.is_file():
         return path
-    if is_local(model):
+    if not is_hub_id(model):
         raise ValueError(f"model {model}: no such file or folder")
-    return _from_hub(model, revision)
-
-
-def _from_hub(model: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(model, "config.json", revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model {model}: neither a folder here nor a hub id that can be read ({first})"
-        ) from error
+    return hub_config(model, revision)
 
 
 def model_shape(model: str, revision: str | None = None) -> ModelShape:

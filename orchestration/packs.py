@@ -22,15 +22,16 @@ def plan_packs(
     inventory: Inventory,
     max_tokens: int | None = None,
     way: Way | None = None,
-    assumed_tokens: int | None = None,
+    *,
+    elsewhere: bool = False,
 ) -> PackPlan:
     """Groups and places of a sweep on a cluster.
 
     Args:
-        assumed_tokens: of a forward on machines that are not here, so that nothing was measured there.
         max_tokens: of a forward, as a worker measured it; None: from an earlier measurement on this
             machine, else the default of its kind.
         way: how the base is held and shared, where that was decided before.
+        elsewhere: the machines are not here: what was measured on this one says nothing of them.
 
     Raises:
         ValueError: the cluster is too small for one group, or a worker for one adapter.
@@ -38,8 +39,8 @@ def plan_packs(
     config, demand = plan.config, trial_demand(plan.config, inventory)
     max_concurrent_trials(demand, inventory)  # told in these words before any bytes
     sharded = config.strategy == "zero3" or (way is not None and way.strategy == "zero3")
-    here = assumed_tokens is None and not sharded
-    measured = max_tokens or (measured_tokens(plan, demand) if here else None)
+    look = not elsewhere and not sharded
+    measured = max_tokens or (measured_tokens(plan, demand) if look else None)
     kind = "gpu" if demand.gpus_per_worker else "cpu"
     places = worker_places(demand, inventory)
     rank, target = largest_adapter(plan)
@@ -49,7 +50,7 @@ def plan_packs(
         places,
         asked_of(config),
         max_groups=places.num_gpus or places.num_cpus,
-        max_tokens=measured or assumed_tokens or FORWARD_TOKENS[kind],
+        max_tokens=measured or FORWARD_TOKENS[kind],
         tokens_per_row=tokens_per_row(plan),
         measured=measured is not None,
         pack_size=config.pack_size,
@@ -84,6 +85,12 @@ def largest_adapter(plan: "Plan") -> tuple[int, tuple[str, ...]]:
     asked = {(c.lora_rank, c.target) for c in plan.pruned.admitted}
     asked |= {(d.lora_ranks[-1], d.target) for d in plan.domains if d.admissible}
     return max(asked, key=lambda pair: plan.shape.lora_params(*pair))
+
+
+def adapter_params(plan: "Plan") -> list[int]:
+    """Parameters of every trial's adapter; each that Optuna will propose counts as the largest."""
+    params = [plan.shape.lora_params(c.lora_rank, c.target) for c in plan.pruned.admitted]
+    return params + [plan.shape.lora_params(*largest_adapter(plan))] * plan.num_proposed
 
 
 def tokens_per_row(plan: "Plan") -> float:

@@ -8,10 +8,11 @@ from typing import Any
 from cluster.gpus import GB, parse_inventory
 from cluster.hours import flops_per_token, sweep_cost
 from cluster.inventory import Inventory, local_inventory
-from cluster.packing import FORWARD_TOKENS, PackPlan, worker_parts
+from cluster.packing import PackPlan, worker_parts
 from orchestration.config import SweepConfig
 from orchestration.memory_rule import compute_bytes, trial_demand
 from orchestration.packs import (
+    adapter_params,
     batch_splits,
     largest_adapter,
     plan_packs,
@@ -79,19 +80,17 @@ def shown_packs(plan: Plan, elsewhere: Inventory | None = None) -> dict[str, Any
         return None
     if elsewhere is None and (plan.audit is None or config.address is not None):
         return None
-    inventory = elsewhere or local_inventory()
-    kind = "gpu" if trial_demand(config, inventory).gpus_per_worker else "cpu"
+    inventory = elsewhere or plan.inventory or local_inventory()
     try:
-        packs = plan_packs(
-            plan, inventory, assumed_tokens=FORWARD_TOKENS[kind] if elsewhere else None
-        )
+        packs = plan_packs(plan, inventory, elsewhere=elsewhere is not None)
     except ValueError as error:
         return {"refused": str(error), "where": inventory.where}
-    return {**vars(packs), "where": inventory.where, **_facts(plan, packs, inventory, kind)}
+    return {**vars(packs), "where": inventory.where, **_facts(plan, packs, inventory)}
 
 
-def _facts(plan: Plan, packs: PackPlan, inventory: Inventory, kind: str) -> dict[str, Any]:
+def _facts(plan: Plan, packs: PackPlan, inventory: Inventory) -> dict[str, Any]:
     rank, target = largest_adapter(plan)
+    on_gpu = bool(trial_demand(plan.config, inventory).gpus_per_worker)
     parts = worker_parts(
         plan.shape,
         packs.way,
@@ -99,17 +98,15 @@ def _facts(plan: Plan, packs: PackPlan, inventory: Inventory, kind: str) -> dict
         target=target,
         num_slots=packs.places,
         tokens=packs.max_tokens,
-        compute_bytes=compute_bytes(plan.config, on_gpu=kind == "gpu"),
-        on_gpu=kind == "gpu",
+        compute_bytes=compute_bytes(plan.config, on_gpu=on_gpu),
+        on_gpu=on_gpu,
         packing=plan.config.packing,
     )
-    all_params = [plan.shape.lora_params(c.lora_rank, c.target) for c in plan.pruned.admitted]
-    all_params += [plan.shape.lora_params(rank, target)] * plan.num_proposed
     confirming = [plan.shape.lora_params(rank, target)] * CONFIRMATION_TRIALS
     return {
         "bytes": parts,
         "batches": batch_splits(plan, packs),
-        "cost": trials_cost(plan, packs, inventory, all_params),
+        "cost": trials_cost(plan, packs, inventory, adapter_params(plan)),
         "confirmation_cost": trials_cost(plan, packs, inventory, confirming)
         if plan.space.prior.interval
         else None,
@@ -117,20 +114,21 @@ def _facts(plan: Plan, packs: PackPlan, inventory: Inventory, kind: str) -> dict
 
 
 def trials_cost(
-    plan: Plan, packs: PackPlan, inventory: Inventory, adapter_params: list[int]
+    plan: Plan, packs: PackPlan, inventory: Inventory, params_of_trials: list[int]
 ) -> dict[str, Any] | None:
     """Hours and price of trials that run to their ends; None where no GPU's speed is known.
 
     Args:
-        adapter_params: parameters of each trial's adapter.
+        params_of_trials: parameters of each trial's adapter.
     """
     if not inventory.num_gpus:
         return None
     tokens, again = trial_tokens(plan), packs.gradient_checkpointing
     flops = sum(
-        tokens * flops_per_token(plan.shape, params, recomputed=again) for params in adapter_params
+        tokens * flops_per_token(plan.shape, params, recomputed=again)
+        for params in params_of_trials
     )
-    groups = min(packs.num_groups, len(adapter_params))
+    groups = min(packs.num_groups, len(params_of_trials))
     cost = sweep_cost(
         flops,
         gpu_name=inventory.gpu_name,

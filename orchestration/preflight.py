@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.inventory import Inventory, TrialDemand, max_concurrent_trials
+from orchestration.config import local_inputs
 from orchestration.node_facts import DRIVER, NodeFacts, Question, free_bytes, node_facts
-from orchestration.packs import largest_adapter, plan_packs, trial_demand
+from orchestration.packs import adapter_params, plan_packs, trial_demand
+from orchestration.sweep import DRIVER_RESOURCE
 from trainers.base_fetch import is_hub_id
 from trainers.paths import RunPaths
 
@@ -31,7 +33,6 @@ EQUAL_FEATURES = ("safetensors", "numpy")
 WAIT_S = 120.0
 """How long a node may take to start a worker process, unpack our packages (megabytes) and answer: 2 to 4 s on
 a machine with two busy cores. The rest is for nodes that read Python from a slow network file system."""
-HEAD = "node:__internal_head__"
 SHIPPED = "py_modules_files"
 """In the path of what Ray unpacked of a job's py_modules."""
 FP32_BYTES = 4
@@ -97,13 +98,14 @@ def needs_of(
     demand = trial_demand(config, inventory, packs.workers_per_group)
     groups = max_concurrent_trials(demand, inventory)
     at_once = packs.num_groups * packs.places if config.engine == "packed" else groups
-    num_params = _adapter_params(plan, None if keep_weights else at_once) + full_ft_params * groups
+    largest_first = sorted(adapter_params(plan), reverse=True)
+    num_params = sum(largest_first[: None if keep_weights else at_once]) + full_ft_params * groups
     num_bytes = num_params * FP32_BYTES * (CHECKPOINT_COPIES + BEST_COPIES)
     written = sum(file.stat().st_size for file in run.trials.rglob("*") if file.is_file())
     return Needs(
         model=config.model if is_hub_id(config.model) else _absolute(config.model),
         revision=config.revision,
-        inputs=tuple(sorted(_local_inputs(plan))),
+        inputs=tuple(sorted(_absolute(name) for name in local_inputs(config))),
         storage=str(run.root.resolve().parent),
         demand=demand,
         storage_bytes=max(0, num_bytes - written),
@@ -111,25 +113,8 @@ def needs_of(
     )
 
 
-def _adapter_params(plan: "Plan", most: int | None) -> int:
-    """Parameters of all adapters of a plan, or of its largest ones."""
-    params = [plan.shape.lora_params(c.lora_rank, c.target) for c in plan.pruned.admitted]
-    params += [plan.shape.lora_params(*largest_adapter(plan))] * plan.num_proposed
-    return sum(sorted(params, reverse=True)[:most])
-
-
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve())
-
-
-def _local_inputs(plan: "Plan") -> Iterator[str]:
-    """What workers read of this disk. A hub id is fetched by each node, as the model is."""
-    spec = plan.data_spec
-    assert spec is not None
-    data = [spec.data] if isinstance(spec.data, str) else list(spec.data)
-    for value in (*data, spec.eval, spec.chat_template, spec.retention):
-        if isinstance(value, str) and Path(value).expanduser().exists():
-            yield _absolute(value)
 
 
 def checked_inventory(
@@ -183,7 +168,7 @@ def hosts(nodes: Sequence[Mapping[str, Any]], demand: TrialDemand) -> list[Mappi
     return [
         node
         for node in nodes
-        if node["Alive"] and (can_host(node["Resources"]) or HEAD in node["Resources"])
+        if node["Alive"] and (can_host(node["Resources"]) or DRIVER_RESOURCE in node["Resources"])
     ]
 
 

@@ -137,16 +137,17 @@ def prune(
     admitted: list[Candidate] = []
     discarded, advised = DiscardedList(), DiscardedList()
     for candidate in candidates:
-        verdict = judge.verdict(candidate)
-        advice = verdict if verdict and policy == "advisory" and verdict.rule == CAPACITY else None
-        if outside is not None and (verdict is None or advice):
-            verdict, advice = (found, None) if (found := outside(candidate)) else (verdict, advice)
-        if advice:
+        cut, advice = judge.verdict(candidate), None
+        if policy == "advisory" and cut is not None and cut.rule == CAPACITY:
+            cut, advice = None, cut
+        if cut is None and outside is not None:
+            cut = outside(candidate)
+        if cut is not None:
+            discarded.add(candidate, cut)
+            continue
+        admitted.append(candidate)
+        if advice is not None:
             advised.add(candidate, advice)
-        if verdict is None or advice:
-            admitted.append(candidate)
-        else:
-            discarded.add(candidate, verdict)
     if discarded and not admitted:
         raise NothingAdmittedError(_nothing_message(discarded.verdicts()))
     return PruneResult(admitted=tuple(admitted), discarded=discarded, advised=advised)

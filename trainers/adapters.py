@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from search_spaces.architecture import LinearShape
+from trainers.decoder import is_text_module
 from trainers.dropout import DropoutTokens, keep_mask
 from trainers.lowrank import (
     AdaptedLinear,
@@ -300,15 +301,11 @@ def matching_layers(model: nn.Module, linears: Iterable[LinearShape]) -> set[str
         names = [
             n
             for n in modules
-            if (n == linear.name or n.endswith("." + linear.name)) and _is_text_layer(n)
+            if (n == linear.name or n.endswith("." + linear.name)) and is_text_module(n)
         ]
         _check_matches(linear, names, modules)
         found.update(names)
     return found
-
-
-def _is_text_layer(name: str) -> bool:
-    return not any(part.startswith(("vision", "audio", "visual")) for part in name.split("."))
 
 
 def _check_matches(linear: LinearShape, names: list[str], modules: dict[str, nn.Module]) -> None:

@@ -118,15 +118,23 @@ def commit_of(model: str, revision: str | None) -> str | None:
     """
     if not is_hub_id(model) or (revision and COMMIT.fullmatch(revision)):
         return revision
+    return hub_config(model, revision).parent.name  # .../snapshots/COMMIT/config.json
+
+
+def hub_config(model: str, revision: str | None) -> Path:
+    """config.json of a hub id, fetched if need be.
+
+    Raises:
+        ValueError: no such hub id or revision, or the hub is not reached and nothing of it is here.
+    """
     import huggingface_hub
 
     try:
-        config = Path(huggingface_hub.hf_hub_download(model, "config.json", revision=revision))
+        return Path(huggingface_hub.hf_hub_download(model, "config.json", revision=revision))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model {model}: neither a folder here nor a hub id that can be read ({_line(error)})"
         ) from error
-    return config.parent.name  # CACHE/models--.../snapshots/COMMIT/config.json
 
 
 def _line(error: Exception) -> str:

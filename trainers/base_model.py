@@ -206,7 +206,11 @@ def true_num_params(model: nn.Module) -> int:
     byte, so its numel is half the count; a sharded one is empty; a tied head counts once."""
     seen: dict[int, int] = {}
     for parameter in model.parameters():
-        present = getattr(parameter, "ds_shape", parameter.shape)
-        shape = getattr(getattr(parameter, "quant_state", None), "shape", present)
-        seen[id(parameter)] = math.prod(shape)
+        seen[id(parameter)] = math.prod(true_shape(parameter))
     return sum(seen.values())
+
+
+def true_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """A weight's shape as the architecture has it, also of a 4-bit or a sharded one."""
+    present = getattr(tensor, "ds_shape", tensor.shape)
+    return tuple(getattr(getattr(tensor, "quant_state", None), "shape", present))

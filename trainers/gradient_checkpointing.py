@@ -7,28 +7,10 @@ dropout is off.
 
 from functools import partial
 
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-
-def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder's layers.
-
-    Raises:
-        ValueError: the model has no list of as many modules as its config has layers.
-    """
-    count = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        parts = name.split(".")
-        if any(part.startswith(("vision", "audio", "visual")) for part in parts):
-            continue
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, module
-    raise ValueError(
-        f"{type(model).__name__} must have a list of its {count} layers, none was found; set "
-        "gradient_checkpointing: false and give each worker a whole base"
-    )
+from trainers.decoder import decoder_layers
 
 
 def recompute_layers(model: PreTrainedModel) -> None:

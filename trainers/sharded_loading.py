@@ -19,7 +19,8 @@ from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTr
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from trainers.gradient_checkpointing import decoder_layers
+from trainers.base_model import meta_model, true_shape
+from trainers.decoder import decoder_layers
 from trainers.sharding import shard_module
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -139,8 +140,6 @@ def load_sharded(
     Raises:
         ValueError: no safetensors, or layers that cannot be loaded one by one.
     """
-    from trainers.base_model import meta_model
-
     config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if quantization is not None:
@@ -179,7 +178,7 @@ def fill(layer: nn.Module, loaded: nn.Module, name: str) -> None:
         for key, value in module.named_buffers(recurse=False):
             own.register_buffer(key, value, persistent=key not in own._non_persistent_buffers_set)
     expected, got = (
-        {n: _true_shape(t) for n, t in [*m.named_parameters(), *m.named_buffers()]}
+        {n: true_shape(t) for n, t in [*m.named_parameters(), *m.named_buffers()]}
         for m in (layer, loaded)
     )
     empty = [n for n, t in [*layer.named_parameters(), *layer.named_buffers()] if t.is_meta]
@@ -188,10 +187,6 @@ def fill(layer: nn.Module, loaded: nn.Module, name: str) -> None:
             f"layer {name} must be built like the others to be loaded alone, it differs in "
             f"{sorted({*empty, *(expected.items() ^ got.items())}, key=str)[:2]}; this model cannot be sharded"
         )
-
-
-def _true_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(getattr(getattr(tensor, "quant_state", None), "shape", tensor.shape))
 
 
 PER_LAYER = ("layer_types", "no_rope_layers")

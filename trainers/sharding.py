@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trainers.gradient_checkpointing import decoder_layers
+from trainers.decoder import decoder_layers
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 

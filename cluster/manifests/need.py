@@ -5,6 +5,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from cluster.inventory import workers_per_gpu
+
 GIB = 1 << 30
 RAY_NODE_BYTES = 6 * GIB
 """ASSUMPTION: host memory of Ray's own processes and its object store on a node. Tenfold's tensors do not
@@ -86,8 +88,7 @@ class ClusterNeed:
         if not self.gpus_per_worker:
             return self.workers_per_group
         if self.gpus_per_worker < 1:
-            # Rounded: 1 // 0.1 is 9.
-            return self.gpus_per_node * int(round(1 / self.gpus_per_worker, 6))
+            return self.gpus_per_node * workers_per_gpu(self.gpus_per_worker)
         return int(self.gpus_per_node // self.gpus_per_worker)
 
     @property

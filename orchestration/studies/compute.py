@@ -19,10 +19,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from orchestration.config import Positive, PositiveInt
-from orchestration.models import config_path, is_local, model_shape
+from orchestration.models import config_path, model_shape
 from orchestration.studies.compute_findings import findings
 from search_spaces import doctrine
 from search_spaces.architecture import lora_num_params
+from trainers.base_fetch import is_hub_id
 from trainers.paths import read_json, read_json_lines, write_json, write_json_lines
 
 SHIPPED_BASE = Path(__file__).resolve().parents[2] / "trainers" / "assets" / "tiny-llama"
@@ -214,7 +215,7 @@ def _prepared(model: CostModel, folder: Path, target: tuple[str, ...]) -> _Base:
         file = config_path(path)
         config = read_json(file)
         whole = Path(path).is_dir() and any(file.parent.glob("*.safetensors*"))
-        if whole or not is_local(path):
+        if whole or is_hub_id(path):
             return _base(model.name, path, config, target)
     own = folder / "models" / _digest(config)  # a name may be a path, and a config may change
     if not any(own.glob("*.safetensors*")):

@@ -6,10 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainers.tiny import Rows, random_rows
+from tests.trainers.tiny import Rows, random_rows, tiny_model
 
 # The models here are so small that threads only wait for each other: minutes on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> str:
+    """A random model of two layers with the vocabulary of the shipped tokenizer."""
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    tiny_model(torch.float32, vocab_size=3072).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

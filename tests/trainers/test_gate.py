@@ -347,13 +347,6 @@ class Saver:
         save_file(tensors, path, metadata=metadata)
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory) -> str:
-    folder = str(tmp_path_factory.mktemp("gate"))
-    tiny_model(torch.float32, vocab_size=3072).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def make(data_file, tmp_path, tiny_folder):
     """make(name): a trial with evaluations after 4, 8 and 12 examples."""

@@ -6,7 +6,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.trainers.packs import NAMES, Bench
 from tests.trainers.tiny import random_rows, tiny_model
-from trainers.gradient_checkpointing import decoder_layers, recompute_layers
+from trainers.decoder import decoder_layers
+from trainers.gradient_checkpointing import recompute_layers
 
 
 def trained(again: bool):

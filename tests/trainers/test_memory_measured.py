@@ -21,6 +21,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from benchmarks.memory import FAKE_CASE
 from benchmarks.memory_fake import fake_step_bytes
 from benchmarks.memory_step import StepCase, measure_step
 from cluster.holding import BaseHolding
@@ -151,17 +152,6 @@ def published(name: str, **changes: Any) -> tuple[PretrainedConfig, ModelShape]:
     return AutoConfig.for_model(**sizes), ModelShape.from_config(sizes)
 
 
-WIDE = StepCase(
-    lora_rank=16,
-    target="attn+mlp",
-    rows=2,
-    row_tokens=1024,
-    loss_frac=1 / 64,
-    dtype="bf16",
-    gradient_checkpointing=True,
-)
-
-
 def check_fake(name: str, case: StepCase, **changes: Any) -> None:
     config, shape = published(name, **changes)
     measured = fake_step_bytes(config, case)
@@ -174,14 +164,14 @@ def check_fake(name: str, case: StepCase, **changes: Any) -> None:
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-3.1-70B"])
 @pytest.mark.parametrize("quantized", [False, True])
 def test_step_bytes_of_two_layers_of_true_width_are_those_of_fake_tensors(name, quantized):
-    check_fake(name, replace(WIDE, quantized=quantized), num_hidden_layers=2)
+    check_fake(name, replace(FAKE_CASE, quantized=quantized), num_hidden_layers=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "Llama-3.1-70B"])
 def test_step_bytes_of_whole_published_models_are_those_of_fake_tensors(name):
     # One adapted matrix a layer: the tracker looks at every operator, of which there are many.
-    check_fake(name, replace(WIDE, num_adapters=1, target="q_proj"))
+    check_fake(name, replace(FAKE_CASE, num_adapters=1, target="q_proj"))
 
 
 def test_fused_experts_stay_at_two_bytes_as_a_loaded_mixtral_has_them(tmp_path):

@@ -6,10 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.trainers.links import LOOK, FakeLink, Killed, allow, enter, serve
-from tests.trainers.tiny import tiny_model
 from tests.trainers.trials import CANDIDATE, numbers, trial
 from trainers.base_model import BaseSpec
 from trainers.checkpoint import checkpoint_examples
@@ -18,14 +16,6 @@ from trainers.preemption import LEAVE_MARGIN_S, Notice
 from trainers.sft_trainer import TrialSpec, train_trial
 
 FAR_S = 1000.0
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory) -> str:
-    """A random model of two layers with the vocabulary of the shipped tokenizer."""
-    folder = str(tmp_path_factory.mktemp("tiny"))
-    tiny_model(torch.float32, vocab_size=3072).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
