@@ -122,6 +122,9 @@ def _holding(way: Way, workload: Workload, compute_bytes: int) -> BaseHolding:
 
 
 def _forward(workload: Workload, num_slots: int, tokens: int, packing: bool) -> Forward:
+    tokens = max(
+        tokens, workload.row_tokens
+    )  # a forward that was measured may be shorter than a row
     return Forward(
         num_adapters=max(1, min(num_slots, tokens // workload.row_tokens)),
         tokens=tokens,

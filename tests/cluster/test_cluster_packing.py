@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 
 from cluster.inventory import Inventory, TrialDemand, room_per_worker
-from cluster.packing import FORWARD_TOKENS, pack_plan
+from cluster.packing import FORWARD_TOKENS, pack_plan, worker_needs
 from cluster.strategy import Asked, DoesNotFitError, Way, Workload
+from search_spaces.architecture import ModelShape
+from search_spaces.linear_shape import LinearShape
 
 GIB = 1 << 30
 BASE, DEQUANTIZED, ADAPTER, TOKEN = 5_000_000, 20_000_000, 1_000_000, 1_000
@@ -138,6 +140,25 @@ def test_pack_plan_of_a_way_decided_before_only_counts_places_anew():
     assert first.keep_dequantized
     assert again.way == first.way
     assert (first.places, again.places) == (4, 1)
+
+
+def test_worker_needs_of_a_forward_shorter_than_a_row_are_those_of_one_row():
+    mlp = LinearShape(name="up_proj", in_features=8, out_features=16, component="mlp", count=1)
+    attn = LinearShape(name="q_proj", in_features=8, out_features=8, component="attn", count=1)
+    shape = ModelShape.from_linears(
+        [attn, attn, mlp, replace(mlp, name="down_proj", in_features=16, out_features=8)],
+        model_type="llama",
+        hidden_size=8,
+        num_layers=1,
+        vocab_size=32,
+        tied_head=True,
+        embedding_params=256,
+        other_params=0,
+    )
+    needed = worker_needs(shape, target=("mlp",), compute_bytes=4, on_gpu=False, packing=False)
+    way = Way(strategy="single", num_workers=1, gradient_checkpointing=False)
+    short, row = (needed(way, WORK, num_slots=1, tokens=tokens) for tokens in (16, 64))
+    assert short == row
 
 
 # Room
