@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from trainers.comm import Comm
 from trainers.gate import GateError
 from trainers.loop import Run
+from trainers.mirror import forget
 from trainers.paths import TrialPaths
 from trainers.preemption import Notice
 from trainers.recorder import Recorder
@@ -150,6 +151,7 @@ class PackServer:
     def _fail(self, spec: TrialSpec, error: Exception) -> None:
         if self.comm.world_rank == 0:
             Recorder.write_failure(TrialPaths(spec.folder), error, 0, 0)
+        forget(spec.folder)
         self._tell({"kind": "end", "trial": spec.name, "status": "failed", "reason": str(error)})
 
     def _advance(self) -> None:
@@ -208,6 +210,7 @@ class PackServer:
         if self.notice is not None:
             self.notice.unsaved.discard(member.name)
         self.station.leave(member.run)
+        forget(member.spec.folder)
 
     def _look(self) -> None:
         if (deadline := self.link.deadline()) is None:

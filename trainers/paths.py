@@ -1,4 +1,5 @@
-"""Where everything of a run lies on disk, and how it is written: to a temporary name, then renamed."""
+"""Where everything of a run lies on disk, and how it is written: to a temporary name, then renamed. What is
+written into the copy of a run on an object store goes there before the write returns (trainers/mirror.py)."""
 
 import json
 import os
@@ -7,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from trainers.mirror import folder_written, removed, written
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,29 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+    written(path)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Writes behind what is there; a death in between leaves a line that is cut."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+    written(path)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+    written(target)
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file that is there."""
+    path.unlink()
+    removed(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -143,6 +169,7 @@ def replace_folder(temporary: Path, target: Path) -> None:
         os.rename(target, old)
     os.rename(temporary, target)
     shutil.rmtree(old, ignore_errors=True)
+    folder_written(target)
 
 
 def remove_folder(target: Path) -> None:
@@ -154,6 +181,7 @@ def remove_folder(target: Path) -> None:
         gone = target.with_name(f".{target.name}.{os.getpid()}.gone")
         os.rename(target, gone)
         shutil.rmtree(gone, ignore_errors=True)
+    removed(target)
 
 
 def remove_leftovers(folder: Path) -> None:

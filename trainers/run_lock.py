@@ -2,15 +2,19 @@
 it: a killed driver's workers train and write on for seconds before Ray ends them.
 
 The kernel lets a lock go when its process ends, however it ends. On a shared folder this needs a file system
-that carries flock between nodes (NFS does).
+that carries flock between nodes (NFS does). An object store has leases in their place (trainers/lease.py).
 """
 
 import fcntl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from trainers.lease import current_driver
+from trainers.mirror import Mirror, mirror_of
+from trainers.object_store import ObjectStore, StoreError
 from trainers.paths import RunPaths, remove_leftovers
 
 WAIT_S = 120.0
@@ -18,11 +22,33 @@ WAIT_S = 120.0
 POLL_S = 0.1
 
 
-def hold_run(trial_folder: Path) -> IO[str]:
-    """Marks the run of a trial as being written by this process, while the returned file is open."""
-    file = RunPaths(trial_folder.parents[1]).workers.open("a")
-    fcntl.flock(file, fcntl.LOCK_SH)
-    return file
+@contextmanager
+def hold_run(trial_folder: Path) -> Iterator[None]:
+    """Marks the run of a trial as being written by this process. In a run on an object store it writes for
+    the run's present driver alone, and its copy ends with it.
+
+    Raises:
+        StoreError: nobody drives the run.
+    """
+    if mirror := mirror_of(trial_folder):
+        mirror.lease = _lease_of(mirror)
+        try:
+            yield
+        finally:
+            mirror.close()
+        return
+    with RunPaths(trial_folder.parents[1]).workers.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def _lease_of(mirror: Mirror) -> tuple[ObjectStore, str]:
+    """The lease of a run, or of the study that it is a part of."""
+    for url in (mirror.store.url, mirror.store.url.rpartition("/")[0]):
+        store = ObjectStore(url)
+        if driver := current_driver(store):
+            return store, driver
+    raise StoreError(f"{mirror.store.url}: this run is not driven by now")
 
 
 def claim_folders(run: RunPaths, on_wait: Callable[[], None], wait_s: float = WAIT_S) -> None:

@@ -33,6 +33,7 @@ from trainers.loop import Run, Trainer, new_run
 from trainers.measure import measure_max_tokens
 from trainers.meta_shape import shape_of_config
 from trainers.metrics import best_row
+from trainers.mirror import fetch, fetch_folder
 from trainers.paths import (
     TrialPaths,
     read_json_lines,
@@ -97,9 +98,16 @@ def _refused(spec: TrialSpec, station: "Station", error: GateError) -> TrialResu
 def recorded_rows(spec: TrialSpec) -> list[dict[str, Any]]:
     """The trained rows of a trial's earlier attempt, up to its checkpoint."""
     paths = TrialPaths(spec.folder)
+    _fetch(paths)
     reached = checkpoint_examples(paths.checkpoint)
     rows = read_json_lines(paths.metrics)
     return [row for row in rows if row["steps"] > 0 and row["examples"] <= reached]
+
+
+def _fetch(paths: TrialPaths) -> None:
+    """Brings here what a run on an object store has of a trial: another machine may have had it."""
+    fetch(paths.metrics)
+    fetch_folder(paths.checkpoint)
 
 
 class Station:
@@ -193,6 +201,7 @@ class Station:
         run = new_run(self.pack, slot, run_spec(spec))
         paths = TrialPaths(spec.folder)
         try:
+            _fetch(paths)
             if load_checkpoint(run, paths.checkpoint):
                 recorded = recorded_probe_loss(paths.checkpoint)
                 self.probe.check_reloaded(run, recorded, paths.checkpoint)

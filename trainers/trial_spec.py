@@ -9,6 +9,7 @@ from search_spaces.candidate import Candidate
 from trainers.base_spec import BaseSpec
 from trainers.data import DataSpec
 from trainers.loop import RunSpec
+from trainers.mirror import local_folder
 
 DEFAULT_MAX_TOKENS = 2048
 """Tokens of one forward where nothing was measured."""
@@ -47,7 +48,7 @@ class TrialSpec:
     def from_dict(cls, values: dict[str, Any]) -> "TrialSpec":
         """The spec that a trial's config.json holds."""
         parts = {
-            "folder": Path(values["folder"]),
+            "folder": local_folder(values["folder"]),
             "base": BaseSpec(**values["base"]),
             "data": DataSpec(**values["data"]),
             "candidate": Candidate.from_dict(values["candidate"]),

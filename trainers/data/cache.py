@@ -5,7 +5,8 @@ options.
     CACHE/counts/KEY.json    {"loss_tokens": n}
     CACHE/sets/KEY/          audit.json, train/, eval/
 
-CACHE is the folder in TENFOLD_CACHE, or ~/.cache/tenfold. Nothing here imports numpy or
+CACHE is the folder in TENFOLD_CACHE, or ~/.cache/tenfold. Sets also go to and come from the URL in
+TENFOLD_SHARED_CACHE, where a run's storage is one. Nothing here imports numpy or
 tokenizers, so that `tenfold plan` finds a count that is known in milliseconds. Everything is
 written under a name of its own and renamed, so that trials that start together never see half an
 entry (field case C18).
@@ -23,10 +24,13 @@ from typing import Any
 
 from trainers.data.records import DataError
 from trainers.data.tokenizer import SIDE_FILES, SLOW_FILES
+from trainers.object_store import ObjectStore
+from trainers.remote_folder import download_folder, upload_folder
 
 # Raise it whenever the same input would give other ids, masks or counts.
 CODE_VERSION = 2
 SETTLED_NS = 2_000_000_000
+SHARED_CACHE = "TENFOLD_SHARED_CACHE"
 
 
 def cache_root() -> Path:
@@ -99,6 +103,27 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
             raise _unwritable(error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    _share(target)
+
+
+def find_folder(target: Path) -> bool:
+    """Whether a folder is there, or on the shared cache, from where it then comes here.
+
+    Raises: ValueError: the shared cache cannot be read, or holds something else.
+    """
+    if target.is_dir() or not (url := os.environ.get(SHARED_CACHE)):
+        return target.is_dir()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return download_folder(ObjectStore(url), _shared_name(target), target, shared=True)
+
+
+def _share(target: Path) -> None:
+    if url := os.environ.get(SHARED_CACHE):
+        upload_folder(ObjectStore(url), target, _shared_name(target), shared=True)
+
+
+def _shared_name(target: Path) -> str:
+    return target.relative_to(cache_root()).as_posix()
 
 
 def _unwritable(error: OSError) -> DataError:

@@ -20,6 +20,7 @@ from trainers.data.cache import (
     cache_root,
     digest_of,
     file_digest,
+    find_folder,
     read_json,
     tokenizer_key,
     write_folder,
@@ -147,7 +148,7 @@ def _prepared(
     """The folder with the sets of some parts, and their audit."""
     tokenizer_files = tokenizer_folder(spec.model, spec.revision)
     folder = set_folder(spec, parts, tokenizer_files)
-    if not folder.is_dir():
+    if not find_folder(folder):
         tokenizer = load_tokenizer(tokenizer_files, chat_template=spec.chat_template)
 
         def fill(temporary: Path) -> None:

@@ -1,0 +1,115 @@
+"""A folder on an object store, whole or not at all: its files first, a manifest with their digests last.
+
+NAME/manifest.json     {"files": {file: {"object", "bytes", "sha256"}}}
+NAME/FILE              or NAME/VERSION/FILE, where the folder before must stay whole until the next one is
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainers.object_store import ObjectStore, StoreError
+
+MANIFEST = "manifest.json"
+
+
+def upload_folder(
+    store: ObjectStore,
+    folder: Path,
+    name: str,
+    *,
+    versioned: bool = False,
+    shared: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Puts a folder's files in the place of what is there under a name.
+
+    Args:
+        versioned: what was there stays whole until all of this is.
+        shared: others may put an equal folder there at the same time; what they have is left alone.
+        check: called before the manifest is written; raises where this process may no longer write.
+    """
+    if shared and store.read(f"{name}/{MANIFEST}") is not None:
+        return
+    prefix = f"{uuid.uuid4().hex[:12]}/" if versioned or shared else ""
+    files = {path.relative_to(folder).as_posix(): path for path in _files_in(folder)}
+    store.upload({path: f"{name}/{prefix}{relative}" for relative, path in files.items()})
+    entries = {relative: _entry(prefix + relative, path) for relative, path in files.items()}
+    check()
+    store.write(f"{name}/{MANIFEST}", json.dumps({"files": entries}, indent=1).encode())
+    if shared:
+        return
+    kept = {f"{name}/{MANIFEST}", *(f"{name}/{entry['object']}" for entry in entries.values())}
+    store.remove([found for found in store.listing(name) if found not in kept])
+
+
+def download_folder(store: ObjectStore, name: str, target: Path, *, shared: bool = False) -> bool:
+    """Puts the folder under a name in a target's place; False: there is none, and the target stays.
+
+    Args:
+        shared: a target that another process puts there meanwhile is as good.
+
+    Raises:
+        StoreError: what came is not what was put there.
+    """
+    manifest = store.read(f"{name}/{MANIFEST}")
+    if manifest is None:
+        return False
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        for relative, entry in json.loads(manifest)["files"].items():
+            file = file_within(temporary, relative)
+            _fetch(store, f"{name}/{entry['object']}", file, entry)
+        if not shared:
+            shutil.rmtree(target, ignore_errors=True)
+        os.rename(temporary, target)
+    except OSError:
+        if not (shared and target.is_dir()):
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return True
+
+
+def file_within(folder: Path, relative: str) -> Path:
+    """The file of a name on a store, with its folder made.
+
+    Raises:
+        StoreError: the name leads out of the folder.
+    """
+    file = folder / relative
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise StoreError(f"{relative}: must be a name within its folder, leads out of it")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+def _fetch(store: ObjectStore, name: str, file: Path, entry: dict[str, Any]) -> None:
+    try:
+        store.download(name, file)
+    except FileNotFoundError as error:
+        raise StoreError(f"{store.url}/{name}: its manifest names it, it is not there") from error
+    if _sha256(file) != entry["sha256"]:
+        raise StoreError(
+            f"{store.url}/{name}: must hold the {entry['bytes']:,} bytes that its manifest says, "
+            f"came as {file.stat().st_size:,} bytes that differ; remove the folder to begin it again"
+        )
+
+
+def _entry(name: str, path: Path) -> dict[str, Any]:
+    return {"object": name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
