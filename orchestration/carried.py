@@ -1,12 +1,12 @@
 """`lr_prior: {from: runs/SMALL}`: reads a small sweep or study, and says what to run on the big model first.
 Imports neither torch nor ray."""
 
-from pathlib import Path
 from typing import Any
 
 from orchestration.config import CarriedFrom, SweepConfig, space_overrides
 from orchestration.planning import Budget
 from orchestration.results import read_trial
+from orchestration.run_folder import run_at
 from orchestration.studies.agenda import MEASURED, last_loss
 from orchestration.trials import known_names
 from search_spaces.architecture import ModelShape
@@ -51,7 +51,7 @@ def read_optimum(folder: str, method: str, wanted: SearchSpace) -> SmallOptimum:
     Raises:
         ValueError: as `prior_from`.
     """
-    run = RunPaths(Path(folder).expanduser())
+    run = run_at(folder)
     hidden_size, small_method = _model_facts(run, folder)
     if small_method != method:
         raise ValueError(

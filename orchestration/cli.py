@@ -9,10 +9,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestration.cluster_verb import add_cluster_options, run_cluster
 from orchestration.exit_codes import BAD_INPUT, INTERRUPTED
+
+if TYPE_CHECKING:
+    from trainers.paths import RunPaths
 
 EXIT_CODES = "exit codes: 0 done; 1 no trial ended with a usable score; 2 input that cannot be used; 130 interrupted"
 
@@ -68,6 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
             verb.add_argument(
                 "--address", help="a running Ray cluster (default: a local one is started)"
             )
+            verb.add_argument(
+                "--resume",
+                action="store_true",
+                help="go on with the run of this name, if there is one",
+            )
         else:
             verb.add_argument("--json", action="store_true", help="print JSON")
         if name == "check":
@@ -75,12 +83,12 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "plan":
             _add_plan_options(verb)
     report = verbs.add_parser("report", help="write report.html again from what is on disk")
-    report.add_argument("run_folder", type=Path, help="runs/NAME")
+    report.add_argument("run_folder", help="runs/NAME, or a URL")
     report.set_defaults(run=_report)
     resume = verbs.add_parser(
         "resume", help="go on with a sweep whose driver died or was interrupted", epilog=EXIT_CODES
     )
-    resume.add_argument("run_folder", type=Path, help="runs/NAME")
+    resume.add_argument("run_folder", help="runs/NAME, or a URL")
     resume.add_argument("--address", help="a running Ray cluster (default: as the sweep began)")
     resume.set_defaults(run=_resume)
     _add_study(verbs)
@@ -122,11 +130,10 @@ def _add_study(verbs: Any) -> None:
     study.add_argument("--address", help="a running Ray cluster (default: a local one is started)")
     study.add_argument(
         "--reuse",
-        type=Path,
         action="append",
         default=[],
         metavar="RUN",
-        help="folder of another study whose equal points are taken over",
+        help="folder or URL of another study whose equal points are taken over",
     )
     study.set_defaults(run=_study)
 
@@ -202,19 +209,22 @@ def _sweep(args: argparse.Namespace) -> int:
     from orchestration.run import run_sweep
 
     config = load_config(args.config, name=args.name, address=args.address)
-    return run_sweep(config, args.config.read_text(encoding="utf-8"))
+    return run_sweep(config, args.config.read_text(encoding="utf-8"), resume=args.resume)
 
 
 def _report(args: argparse.Namespace) -> int:
     from orchestration.report import write_report
-    from trainers.paths import RunPaths
+    from orchestration.run_folder import run_at
+    from trainers.mirror import shown
 
-    run = RunPaths(args.run_folder)
-    if _study_command_of(args.run_folder) is not None:
+    run = run_at(args.run_folder)
+    if _study_command_of(run) is not None:
         from orchestration.studies.report import write_study_report
 
         if not run.results.is_file():
-            raise ValueError(f"{run.root}: a study must have ended once for a report, it has not")
+            raise ValueError(
+                f"{args.run_folder}: a study must have ended once for a report, it has not"
+            )
         write_study_report(run.root)
     elif not run.plan.is_file() or not run.trials.is_dir():
         raise ValueError(
@@ -223,22 +233,22 @@ def _report(args: argparse.Namespace) -> int:
         )
     else:
         write_report(run)
-    print(run.report)
+    print(shown(run.report))
     return 0
 
 
-def _study_command_of(folder: Path) -> str | None:
+def _study_command_of(run: "RunPaths") -> str | None:
     """What began the study in a folder; None where there is no study."""
-    from trainers.paths import RunPaths, read_json
+    from trainers.paths import read_json
 
-    resolved = RunPaths(folder).resolved
-    return read_json(resolved).get("command") if resolved.is_file() else None
+    return read_json(run.resolved).get("command") if run.resolved.is_file() else None
 
 
 def _resume(args: argparse.Namespace) -> int:
     from orchestration.run import resume_sweep
+    from orchestration.run_folder import run_at
 
-    if (command := _study_command_of(args.run_folder)) is not None:
+    if (command := _study_command_of(run_at(args.run_folder))) is not None:
         raise ValueError(
             f"{args.run_folder}: is a study, which goes on with its command: {command}"
         )
@@ -265,7 +275,7 @@ def _study_command(args: argparse.Namespace) -> str:
         if (value := getattr(args, flag)) is not None:
             parts += [f"--{flag}", value]
     for folder in args.reuse:
-        parts += ["--reuse", str(folder)]
+        parts += ["--reuse", folder]
     return shlex.join(parts)
 
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainers.object_store import CLIENTS, SECRETS, is_url, protocol_of
+
 if TYPE_CHECKING:
     from cluster.inventory import Inventory
     from cluster.manifests.need import ClusterNeed
@@ -20,6 +22,8 @@ MAX_GROUPS = 8
 NODE_GPUS = (1, 2, 4, 8)
 MIN_PYTHON = "3.11"
 VOLUME_FOLDER = "/mnt/tenfold"
+OWN_FOLDER = "/tmp"
+"""Where a driver starts that reads nothing of a folder."""
 GIB = 1 << 30
 PROCESS_BYTES = 6 * GIB
 """ASSUMPTION: Python, torch and the CUDA context of one worker."""
@@ -58,15 +62,15 @@ def cluster_need(config: "SweepConfig", args: argparse.Namespace) -> "ClusterNee
         worker_memory_bytes=host_bytes(plan, packs),
         disk_bytes=DISK_BYTES + CHECKPOINT_BYTES * plan.shape.num_params,
         spot=args.spot,
-        work_folder=_work_folder(args),
+        work_folder=_work_folder(args, config),
         storage=config.storage,
         config_text=args.config.read_text(encoding="utf-8"),
         image=args.image,
-        requirements=_requirements(args.pip or []),
+        requirements=_requirements(args.pip or [], config.storage),
         min_python=MIN_PYTHON,
         ray_version=version("ray"),
         required_secrets=("WANDB_API_KEY",) if "wandb" in config.tracking else (),
-        optional_secrets=("HF_TOKEN",),
+        optional_secrets=("HF_TOKEN", *SECRETS.get(protocol_of(config.storage), ())),
     )
 
 
@@ -207,21 +211,30 @@ def host_bytes(plan: "Plan", packs: "PackPlan") -> int:
     return max(loading, training) + PROCESS_BYTES
 
 
-def _requirements(pip: list[str]) -> tuple[str, ...]:
-    """What installs Tenfold, with the Ray that the sweep was planned with: nodes of two Rays do not talk."""
+def _requirements(pip: list[str], storage: str) -> tuple[str, ...]:
+    """What installs Tenfold, with the Ray that the sweep was planned with (nodes of two Rays do not talk) and
+    the client of its storage."""
     from importlib.metadata import version
 
-    return (*pip, f"ray[default,train,tune]=={version('ray')}") if pip else ()
+    if not pip:
+        return ()
+    client = CLIENTS.get(protocol_of(storage))
+    return (*pip, f"ray[default,train,tune]=={version('ray')}", *([client] if client else []))
 
 
-def _work_folder(args: argparse.Namespace) -> str:
+def _work_folder(args: argparse.Namespace, config: "SweepConfig") -> str:
+    from orchestration.config import local_files, local_inputs
+
     if args.work_folder:
         return args.work_folder
     if args.kind == "slurm":
         return str(Path.cwd())
     if args.kind == "ray" and not args.nfs:
+        if is_url(config.storage) and not [*local_files([config.model]), *local_inputs(config)]:
+            return OWN_FOLDER
         raise ValueError(
             "ray needs a folder that all nodes share: --nfs SERVER:/EXPORT mounts one, or "
-            "--work-folder names one that the machines have already"
+            "--work-folder names one that the machines have already; without one the storage must be a URL, "
+            "model and data hub ids"
         )
     return VOLUME_FOLDER

@@ -21,6 +21,7 @@ from pydantic import (
 from cluster.gpus import parse_inventory
 from orchestration.yaml_file import ConfigError, read_values
 from search_spaces.values import parse_domain, parse_targets
+from trainers.object_store import checked_url, is_url
 
 
 class LogRange(BaseModel):
@@ -47,7 +48,6 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction01 = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 COUNTS = ("lora_rank", "global_batch_size", "examples", "seed", "dataset_tokens")
-URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 MAYBE_SWITCHES = ("gradient_checkpointing",)
 """Keys that are true, false or a word."""
 FOLDER_NAME = re.compile(r"^\w[\w.+-]*$")
@@ -163,7 +163,7 @@ class SweepConfig(BaseModel):
     address: str | None = None
     """A running Ray cluster; default: a local one is started."""
     storage: str = "runs"
-    """Folder that holds runs/NAME; shared by all nodes of a cluster."""
+    """Folder that holds runs/NAME, shared by all nodes of a cluster, or a URL (s3://BUCKET/runs, gs://...)."""
     tracking: list[Literal["wandb", "tensorboard"]] = []
 
     @field_validator("tracking", mode="before")
@@ -195,12 +195,7 @@ class SweepConfig(BaseModel):
     @field_validator("storage")
     @classmethod
     def _folder(cls, value: str) -> str:
-        if URL.match(value):
-            raise ValueError(
-                f"storage must be a folder that all nodes share, got the URL {value}; mount the object store "
-                "(gcsfuse, mountpoint-s3) on every node and give the folder"
-            )
-        return value
+        return checked_url(value) if is_url(value) else value
 
     @field_validator("name")
     @classmethod

@@ -17,6 +17,7 @@ from orchestration.schedulers import make_scheduler
 from orchestration.tracking import make_trackers
 from orchestration.trials import TrialMaker, history, known_names, settle, unended, untold
 from search_spaces.candidate import trial_name
+from trainers.mirror import fetch_all_records
 from trainers.paths import RunPaths, read_json, write_json
 from trainers.run_lock import claim_folders
 
@@ -115,6 +116,7 @@ class Work:
 
     def look(self) -> None:
         """Reads from disk what has ended and what has not."""
+        fetch_all_records(self.run.root)
         self.seen = settle(self.run)
         planned = {trial_name(candidate): candidate for candidate in self.plan.pruned.admitted}
         for name, candidate in planned.items():

@@ -1,6 +1,5 @@
 """The driver's eyes on a sweep: what Tune decides becomes status.json, progress and tracker rows."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,10 @@ from typing import Any
 from ray import tune
 
 from orchestration.progress import Progress
-from orchestration.results import mark_ended, read_trial
+from orchestration.results import fetch_records, mark_ended, read_trial
 from orchestration.tracking import Tracker
-from trainers.paths import RunPaths
+from trainers.mirror import send_rest
+from trainers.paths import RunPaths, copy_file
 
 
 class Ledger(tune.Callback):
@@ -51,9 +51,12 @@ class Ledger(tune.Callback):
         if "steps" not in result:
             return  # the one report of a trial that ended without a score; it is there for the scheduler
         self.progress.reported(trial_name(trial), result)
-        record = read_trial(self.run.trial(trial_name(trial)))
-        for tracker in self.trackers:
-            tracker.update(record)
+        if self.trackers:
+            paths = self.run.trial(trial_name(trial))
+            fetch_records(paths)
+            record = read_trial(paths)
+            for tracker in self.trackers:
+                tracker.update(record)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # What ended without a scheduler's word says how (orchestration/thin.py).
@@ -75,13 +78,15 @@ class Ledger(tune.Callback):
     def _end(self, trial: Any, status: str, reason: str) -> None:
         paths = self.run.trial(trial_name(trial))
         self.on_end(trial_name(trial))
+        fetch_records(paths)
         mark_ended(paths, status, reason)
         if _has_error_file(trial):
-            shutil.copyfile(trial.error_file, paths.error)
+            copy_file(Path(trial.error_file), paths.error)
         record = read_trial(paths)
         self.progress.ended(record.name, record.status, record.reason)
         for tracker in self.trackers:
             tracker.finish(record)
+        send_rest(self.run.root)
 
 
 def trial_name(trial: Any) -> str:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from cluster.inventory import smallest_gpu_bytes
 from orchestration.runtime_env import OUR_PACKAGES, package_folder
+from orchestration.storage_probe import answer_probe
+from trainers.data.cache import cache_root
 
 END_BYTES = 1 << 16
 """Of a file's beginning and of its end: what is compared of it, beside its size."""
 MODEL_SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja")
-DRIVER = "driver"
-"""The file that the driver writes into a probe's folder; it holds the folder's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,8 @@ class Question:
         packages: whose versions.
         model, revision: the base: an absolute path, or a hub id.
         inputs: absolute paths of what the workers read beside the model.
-        storage: the folder that holds the run's.
-        probe: the folder in it that the driver made for the probe.
+        storage: the folder or URL that holds the run's.
+        probe: the name of the folder in it that the driver made for the probe.
         asks_gpu: whether nvidia-smi is asked.
     """
 
@@ -52,7 +52,8 @@ class NodeFacts:
         imports: our packages -> the folder that this node imports each from.
         inputs: path (the model's too) -> what stands for its content; "" where nothing is there.
         storage_error: why the storage is not the driver's folder, or not writable; "" where it is.
-        storage_free_bytes: None where the storage is not there.
+        storage_free_bytes: None where the storage is not there, or a URL.
+        work_free_bytes: for the copies that workers keep of what lies at a URL.
         base_bytes: of a hub model, to be downloaded here; None where base_error says why nobody knows.
         cache_free_bytes: where it would be downloaded to.
         gpu_bytes: of the smallest GPU; None where there is none, or nobody asked.
@@ -65,6 +66,7 @@ class NodeFacts:
     inputs: Mapping[str, str]
     storage_error: str
     storage_free_bytes: int | None
+    work_free_bytes: int
     base_bytes: int | None
     base_error: str
     cache_free_bytes: int
@@ -77,7 +79,6 @@ def node_facts(question: Question, node: str | None) -> NodeFacts:
     Args:
         node: the node's id, under which it answers the probe; None on the driver, which made it.
     """
-    storage = Path(question.storage)
     inputs = {path: fingerprint(Path(path)) for path in question.inputs}
     base_bytes, base_error, cache_free = 0, "", 0
     if os.path.isabs(question.model):
@@ -91,27 +92,16 @@ def node_facts(question: Question, node: str | None) -> NodeFacts:
         versions={name: _version(name) for name in question.packages},
         imports={name: package_folder(name) for name in OUR_PACKAGES},
         inputs=inputs,
-        storage_error=answer_probe(storage / question.probe, node) if node is not None else "",
-        storage_free_bytes=free_bytes(storage) if storage.is_dir() else None,
+        storage_error=answer_probe(question.storage, question.probe, node)
+        if node is not None
+        else "",
+        storage_free_bytes=storage_free_bytes(question.storage),
+        work_free_bytes=free_bytes(cache_root()),
         base_bytes=base_bytes,
         base_error=base_error,
         cache_free_bytes=cache_free,
         gpu_bytes=smallest_gpu_bytes() if question.asks_gpu else None,
     )
-
-
-def answer_probe(probe: Path, node: str) -> str:
-    """Reads what the driver wrote and writes this node's own file beside it; what is wrong, or "". Makes no
-    folder: on a node that does not share the storage nothing is left behind."""
-    try:
-        if (probe / DRIVER).read_text(encoding="utf-8") != probe.name:
-            return "another folder of this path"
-        (probe / node).write_text(node, encoding="utf-8")
-    except FileNotFoundError:
-        return "not the driver's folder" if probe.parent.is_dir() else "no such folder"
-    except OSError as error:
-        return f"it cannot be written ({error.strerror})"
-    return ""
 
 
 def fingerprint(path: Path, suffixes: tuple[str, ...] = ()) -> str:
@@ -151,6 +141,12 @@ def free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def storage_free_bytes(storage: str) -> int | None:
+    """Free bytes of a storage's file system; None where it is not there, or a URL."""
+    folder = Path(storage)
+    return free_bytes(folder) if folder.is_dir() else None
 
 
 def _version(package: str) -> str:

@@ -8,20 +8,21 @@ GPU has another build of one release. safetensors and numpy carry a file format 
 which their feature releases keep: major.minor must be equal. Python pickles functions by bytecode: major.minor.
 """
 
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.inventory import Inventory, TrialDemand, max_concurrent_trials
 from orchestration.config import local_inputs
-from orchestration.node_facts import DRIVER, NodeFacts, Question, free_bytes, node_facts
+from orchestration.node_facts import NodeFacts, Question, free_bytes, node_facts, storage_free_bytes
 from orchestration.packs import adapter_params, plan_packs, trial_demand
+from orchestration.run_folder import storage_of
+from orchestration.storage_probe import probing
 from orchestration.sweep import DRIVER_RESOURCE
 from trainers.base_fetch import is_hub_id
+from trainers.data.cache import cache_root
+from trainers.object_store import is_url
 from trainers.paths import RunPaths
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Needs:
         model, revision, inputs, storage: see node_facts.Question.
         demand: of one worker group.
         storage_bytes: what the run will write there.
+        work_bytes: what the copies of one worker's trials take on its node, of a run at a URL.
         sharded: whether DeepSpeed will partition the base.
     """
 
@@ -57,6 +59,7 @@ class Needs:
     storage: str
     demand: TrialDemand
     storage_bytes: int
+    work_bytes: int = 0
     sharded: bool = False
 
     @property
@@ -101,14 +104,21 @@ def needs_of(
     largest_first = sorted(adapter_params(plan), reverse=True)
     num_params = sum(largest_first[: None if keep_weights else at_once]) + full_ft_params * groups
     num_bytes = num_params * FP32_BYTES * (CHECKPOINT_COPIES + BEST_COPIES)
+    storage = storage_of(run)
+    pack = largest_first[: packs.places if config.engine == "packed" else 1]
+    # The whole pack's, and the next checkpoint of the largest beside its present one.
+    copies = (
+        sum(pack) * (CHECKPOINT_COPIES + BEST_COPIES) + max(pack, default=0) * CHECKPOINT_COPIES
+    )
     written = sum(file.stat().st_size for file in run.trials.rglob("*") if file.is_file())
     return Needs(
         model=config.model if is_hub_id(config.model) else _absolute(config.model),
         revision=config.revision,
         inputs=tuple(sorted(_absolute(name) for name in local_inputs(config))),
-        storage=str(run.root.resolve().parent),
+        storage=storage,
         demand=demand,
         storage_bytes=max(0, num_bytes - written),
+        work_bytes=copies * FP32_BYTES if is_url(storage) else 0,
         sharded=packs.strategy == "zero3",
     )
 
@@ -130,15 +140,17 @@ def checked_inventory(
         ValueError: what is missing, one line for each problem of each node. Nothing is left behind.
     """
     if local:
-        _refuse(storage_problems(needs, free_bytes(Path(needs.storage))))
+        free = None if is_url(needs.storage) else free_bytes(Path(needs.storage))
+        _refuse([*storage_problems(needs, free), *_work_problem(needs, free_bytes(cache_root()))])
         return inventory
     nodes = {str(node["NodeID"]): _node_name(node) for node in hosts(_nodes(), needs.demand)}
-    with _probe(Path(needs.storage)) as probe:
+    with probing(needs.storage) as probe:
         asks_gpu = bool(needs.demand.gpus_per_worker)
         driver = node_facts(needs.question(probe.name, asks_gpu=False), None)
         answers = _asked(needs.question(probe.name, asks_gpu), list(nodes), wait_s)
-        unseen = [node for node in nodes if not _has_answered(probe, node)]
-    lines = storage_problems(needs, driver.storage_free_bytes or 0)
+        unseen = [node for node in nodes if not probe.has_answered(node)]
+        free = storage_free_bytes(needs.storage)
+    lines = storage_problems(needs, free)
     for node, name in nodes.items():
         answer = answers[node]
         if isinstance(answer, NodeFacts):
@@ -174,33 +186,6 @@ def hosts(nodes: Sequence[Mapping[str, Any]], demand: TrialDemand) -> list[Mappi
 
 def _node_name(node: Mapping[str, Any]) -> str:
     return f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']}, {node['NodeID'][:8]})"
-
-
-@contextmanager
-def _probe(storage: Path) -> Iterator[Path]:
-    """A folder on the storage with a file of the driver's; gone afterwards, and the storage with it if it
-    is new and empty."""
-    was_there = storage.is_dir()
-    probe = storage / f".tenfold-preflight-{uuid.uuid4().hex}"
-    try:
-        probe.mkdir(parents=True)
-        (probe / DRIVER).write_text(probe.name, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(
-            f"storage {storage}: must be a folder that can be written ({error})"
-        ) from error
-    try:
-        yield probe
-    finally:
-        shutil.rmtree(probe)
-        if not was_there and not any(storage.iterdir()):
-            storage.rmdir()
-
-
-def _has_answered(probe: Path, node: str) -> bool:
-    # By its name: a listing of a folder may be older than the folder, on a network file system.
-    file = probe / node
-    return file.is_file() and file.read_text(encoding="utf-8") == node
 
 
 def _asked(question: Question, nodes: Sequence[str], wait_s: float) -> dict[str, NodeFacts | str]:
@@ -248,6 +233,7 @@ def problems(needs: Needs, driver: NodeFacts, node: NodeFacts, *, storage_seen: 
         *_input_problems(needs, driver, node),
         *_storage_problem(needs, node, storage_seen),
         *_base_problem(needs, node),
+        *_work_problem(needs, node.work_free_bytes),
     ]
 
 
@@ -305,10 +291,23 @@ def _input_problems(needs: Needs, driver: NodeFacts, node: NodeFacts) -> Iterato
 
 def _storage_problem(needs: Needs, node: NodeFacts, storage_seen: bool) -> Iterator[str]:
     error = node.storage_error or ("" if storage_seen else "what it writes is not seen here")
-    if error:
+    if error and is_url(needs.storage):
+        yield (
+            f"storage {needs.storage} must be readable and writable there: {error}; give the node the store's "
+            "client, credentials and endpoint"
+        )
+    elif error:
         yield (
             f"storage {needs.storage} must be a folder that all nodes share: {error}; set storage to a "
-            "shared folder (NFS, or an object store that is mounted)"
+            "shared folder (NFS) or to a URL (s3://BUCKET/runs)"
+        )
+
+
+def _work_problem(needs: Needs, free: int) -> Iterator[str]:
+    if needs.work_bytes > free:
+        yield (
+            f"the copies of a worker's trials need {needs.work_bytes:,} bytes on its own disk, {free:,} are "
+            "free; free some, set TENFOLD_CACHE to a larger disk, or train smaller candidates"
         )
 
 
@@ -325,9 +324,9 @@ def _base_problem(needs: Needs, node: NodeFacts) -> Iterator[str]:
         )
 
 
-def storage_problems(needs: Needs, free: int) -> list[str]:
-    """Whether what the run will write fits the storage."""
-    if needs.storage_bytes <= free:
+def storage_problems(needs: Needs, free: int | None) -> list[str]:
+    """Whether what the run will write fits the storage; None: an object store has no end."""
+    if free is None or needs.storage_bytes <= free:
         return []
     return [
         f"storage {needs.storage}: the run's checkpoints need {needs.storage_bytes:,} bytes, {free:,} are free; "

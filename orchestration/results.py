@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainers.metrics import best_row
+from trainers.mirror import fetch
 from trainers.paths import RunPaths, TrialPaths, read_json, read_json_lines, write_json
 
 USABLE = ("finished", "stopped")
@@ -42,6 +43,12 @@ def read_trial(paths: TrialPaths) -> TrialRecord:
         reason=status["reason"],
         rows=tuple(read_json_lines(paths.metrics)),
     )
+
+
+def fetch_records(paths: TrialPaths) -> None:
+    """Brings here what a trial's worker wrote of it into a run on an object store."""
+    for path in (paths.metrics, paths.status, paths.error):
+        fetch(path)
 
 
 def read_trials(run: RunPaths) -> list[TrialRecord]:

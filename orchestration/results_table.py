@@ -5,6 +5,7 @@ from rich.console import Console
 from orchestration.forgetting import KEY, base_retention, has_retention, retention_text
 from orchestration.results import TrialRecord
 from orchestration.show import text_table
+from trainers.mirror import shown
 from trainers.paths import RunPaths
 
 CANDIDATE = ("rank", "learning_rate", "batch")
@@ -28,8 +29,10 @@ def show_results(
     lines.append(_table(records, best))
     lines += [f"{record.name}: {record.reason}" for record in records if record.reason]
     lines += _base_lines(records)
-    lines.append(f"report: {run.report}")
-    lines.append(f"best adapter: {run.best}" if best else "no trial ended with a usable score")
+    lines.append(f"report: {shown(run.report)}")
+    lines.append(
+        f"best adapter: {shown(run.best)}" if best else "no trial ended with a usable score"
+    )
     console.print("\n".join(lines), markup=False, soft_wrap=True)
 
 

@@ -1,9 +1,9 @@
 """`tenfold sweep` and `tenfold resume` from config to report: check everything, then start Ray, train,
 and write results."""
 
+import difflib
 import importlib.metadata
 import platform
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +24,12 @@ from orchestration.planning import Plan, make_plan, run_name
 from orchestration.preflight import checked_inventory, needs_of
 from orchestration.progress import Progress
 from orchestration.results_table import show_results
+from orchestration.run_folder import driving, run_at, run_in, storage_of
 from orchestration.runtime_env import share_cache
 from orchestration.show import cut_ranks
 from trainers.base_fetch import commit_of
-from trainers.paths import RunPaths, read_json, write_json, write_text
-from trainers.run_lock import take_lock
+from trainers.mirror import shown
+from trainers.paths import RunPaths, read_json, remove_folder, write_json, write_text
 
 if TYPE_CHECKING:
     from trainers.base_loss import BaseLoss
@@ -50,16 +51,20 @@ TOKENIZER_FILES = (
 """What of a model's folder the adapter is served with."""
 
 
-def run_sweep(config: SweepConfig, source: str) -> int:
+def run_sweep(config: SweepConfig, source: str, *, resume: bool = False) -> int:
     """Runs a sweep and returns the exit code.
 
     Args:
         source: sweep.yaml as the user wrote it, kept beside the results.
+        resume: go on with the run where it began already, so that a preempted job can be submitted again.
 
     Raises:
         ValueError: anything that can be known before a trial starts. Nothing is left behind.
     """
-    run = RunPaths(Path(config.storage) / run_name(config))
+    run = run_in(config.storage, run_name(config))
+    if resume and run.plan.is_file():
+        _require_same_source(run, source)
+        return resume_sweep(shown(run.root), config.address)
     require_new(run)
     share_cache(config.address, config.storage)
     plan = _checked_plan(with_commit(config))
@@ -75,28 +80,29 @@ def run_sweep(config: SweepConfig, source: str) -> int:
     return _train(plan, run, console, write_inputs)
 
 
-def resume_sweep(folder: Path, address: str | None) -> int:
+def resume_sweep(place: str, address: str | None) -> int:
     """Goes on with a run whose driver died; returns the exit code.
 
     Trials that ended stay as they are; the others go on from their last checkpoints, judged by a
     scheduler that knows every rung that was recorded.
 
     Args:
+        place: folder or URL of the run.
         address: a running Ray cluster; default: the config's, else a local one.
 
     Raises:
         ValueError: no run, one that is still being driven, or a plan that came out otherwise.
     """
-    run = RunPaths(folder)
+    run = run_at(place)
     if not run.plan.is_file() or not run.resolved.is_file():
         raise ValueError(
-            f"{folder}: must be the folder of a sweep (plan.json, resolved.json), it is not"
+            f"{place}: must be the folder of a sweep (plan.json, resolved.json), it is not"
         )
     with driving(run):
         pass  # told before the data is read again
-    values = read_json(run.resolved)["config"] | {"name": folder.resolve().name}
-    values |= {"storage": str(folder.parent)} | ({"address": address} if address else {})
-    config = make_config({k: v for k, v in values.items() if v is not None}, str(folder))
+    values = read_json(run.resolved)["config"] | {"name": run.root.resolve().name}
+    values |= {"storage": storage_of(run)} | ({"address": address} if address else {})
+    config = make_config({k: v for k, v in values.items() if v is not None}, place)
     share_cache(config.address, config.storage)
     was = read_json(run.plan)
     # Judged by the memory it was planned for: another machine must not change what the sweep is.
@@ -106,8 +112,19 @@ def resume_sweep(folder: Path, address: str | None) -> int:
     )
     _require_same_plan(run, plan)
     console = Console(highlight=False)
-    console.print(f"resuming {folder}", markup=False)
+    console.print(f"resuming {place}", markup=False)
     return _train(plan, run, console, lambda fitted, as_json: None)
+
+
+def _require_same_source(run: RunPaths, source: str) -> None:
+    was = run.config.read_text(encoding="utf-8")
+    lines = difflib.unified_diff(was.splitlines(), source.splitlines(), lineterm="", n=0)
+    changed = [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+    if changed:
+        raise ValueError(
+            f"{shown(run.config)}: a run goes on with what it began with, the given file differs "
+            f"({'; '.join(changed)[:300]}); start a new run with another name (--name)"
+        )
 
 
 def with_commit(config: Config) -> Config:
@@ -171,7 +188,7 @@ def _require_same_plan(run: RunPaths, plan: Plan) -> None:
     ):
         if was[key] != now[key]:
             raise ValueError(
-                f"{run.plan}: a resumed sweep must plan the same {key}, the data, the model or Tenfold "
+                f"{shown(run.plan)}: a resumed sweep must plan the same {key}, the data, the model or Tenfold "
                 f"changed ({difference(was[key], now[key])}); start a new run with another name"
             )
 
@@ -215,16 +232,6 @@ def _progress(plan: Plan, as_json: dict[str, Any], console: Console) -> Progress
 
 
 @contextmanager
-def driving(run: RunPaths) -> Iterator[None]:
-    """Two drivers of one run would train every trial twice into the same files."""
-    run.root.mkdir(parents=True, exist_ok=True)
-    with run.lock.open("a") as file:
-        if not take_lock(file):
-            raise ValueError(f"{run.root}: this run is being driven by another process")
-        yield
-
-
-@contextmanager
 def _removed_if_refused(run: RunPaths) -> Iterator[None]:
     """A new run in which nothing could be trained must not be in the way of the next attempt."""
     is_new = not run.plan.exists()
@@ -232,7 +239,7 @@ def _removed_if_refused(run: RunPaths) -> Iterator[None]:
         yield
     except ValueError:
         if is_new and not any(run.trials.glob("*/metrics.jsonl")):
-            shutil.rmtree(run.root)
+            remove_folder(run.root)
         raise
 
 
@@ -242,7 +249,7 @@ def require_new(run: RunPaths) -> None:
     found = run.root.iterdir() if run.root.is_dir() else ()
     if run.root.is_file() or any(p.name not in inputs and p.suffix != ".tmp" for p in found):
         raise ValueError(
-            f"{run.root}: the run folder exists already; give another name (--name) or remove it"
+            f"{shown(run.root)}: the run folder exists already; give another name (--name) or remove it"
         )
 
 
@@ -316,7 +323,7 @@ def _conclude(run: RunPaths, plan: Plan, console: Console) -> int:
     unended = sum(record.status == "unfinished" for record in records)
     if unended:  # Tune answers Ctrl-C by ending its loop: what has no end was interrupted
         console.print(
-            f"interrupted: {unended} trials did not end; `tenfold resume {run.root}` goes on"
+            f"interrupted: {unended} trials did not end; `tenfold resume {shown(run.root)}` goes on"
         )
         return INTERRUPTED
     return 0 if best else NO_RESULT

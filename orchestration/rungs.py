@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from trainers.paths import write_text
+from trainers.paths import append_text, write_text
 
 Decision = Literal["CONTINUE", "STOP"]
 CONTINUE: Decision = "CONTINUE"
@@ -58,8 +58,7 @@ class RungLedger:
         """Writes one record, so that the death of this process cannot lose it."""
         if not self._is_whole:
             self._drop_cut_line()
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+        append_text(self.path, json.dumps(asdict(record), allow_nan=False) + "\n")
 
     def _bytes(self) -> bytes:
         return self.path.read_bytes() if self.path.exists() else b""

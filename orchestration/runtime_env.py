@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainers.data.cache import SHARED_CACHE
+from trainers.object_store import is_url
+
 OUR_PACKAGES = ("orchestration", "trainers", "search_spaces", "cluster")
 EXCLUDES = ("__pycache__", "*.pyc")
 PASSED_ON = (
@@ -20,6 +23,11 @@ PASSED_ON = (
     "HF_HUB_OFFLINE",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    SHARED_CACHE,
     "TENFOLD_CACHE",
     "TOKENIZERS_PARALLELISM",
 )
@@ -72,6 +80,9 @@ def beside(ours: Mapping[str, Any], jobs: Mapping[str, Any]) -> dict[str, Any]:
 
 def share_cache(address: str | None, storage: str) -> None:
     """Puts the cache of tokenized data on the storage of a run on a joined cluster, where every node finds
-    what the first one wrote; a folder that the user chose (TENFOLD_CACHE) stays."""
-    if address is not None and not os.environ.get("TENFOLD_CACHE"):
+    what the first one wrote; a folder that the user chose (TENFOLD_CACHE) stays. On an object store lies a copy
+    of what each machine has in a cache of its own."""
+    if is_url(storage):
+        os.environ[SHARED_CACHE] = f"{storage}/.cache"
+    elif address is not None and not os.environ.get("TENFOLD_CACHE"):
         os.environ["TENFOLD_CACHE"] = str(Path(storage).resolve() / ".cache")

@@ -11,6 +11,7 @@ from typing import Any
 from cluster.inventory import Inventory, local_inventory, smallest_gpu_bytes
 from orchestration.results import TrialRecord, best_trial, read_trials
 from orchestration.runtime_env import worker_environment
+from trainers.mirror import fetch_folder
 from trainers.paths import RunPaths, replace_folder, temporary_folder
 
 # Every report of a worker waits for its controller's next poll: 2 s by default.
@@ -190,6 +191,7 @@ def finish(
     records = read_trials(run)
     best = best_trial(records)
     if best is not None:
+        fetch_folder(run.trial(best.name).best)
         folder = temporary_folder(run.best)
         own = {path.name: path for path in run.trial(best.name).best.iterdir()}
         for name, path in (own | dict(extra_files)).items():

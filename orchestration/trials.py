@@ -9,6 +9,7 @@ from orchestration.rungs import CLOCK, METRIC, RungLedger, stopped_trials
 from search_spaces.candidate import Candidate, trial_name
 from trainers.base_fetch import is_hub_id
 from trainers.metrics import best_row
+from trainers.mirror import shown
 from trainers.paths import RunPaths, read_json, write_json
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class TrialMaker:
         name = trial_name(candidate)
         return {
             "name": name,
-            "folder": str(self.run.trial(name).root.resolve()),
+            "folder": shown(self.run.trial(name).root.resolve()),
             "base": {
                 "model": _absolute_path(config.model),
                 "revision": config.revision,

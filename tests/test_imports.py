@@ -70,6 +70,14 @@ def test_imports_after_help_hold_nothing_heavy(tmp_path):
     assert loaded_after(code, tmp_path) & HEAVY == set()
 
 
+def test_imports_after_plan_of_a_storage_at_a_url_hold_no_client_of_it(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    values = {"dataset_tokens": 2.0e9, "storage": "s3://bucket/runs"}
+    write_config(tmp_path, model="config.json", **values)
+    code = VERB.format(arguments=["plan", "sweep.yaml"])
+    assert loaded_after(code, tmp_path) & {*HEAVY, "fsspec", "s3fs"} == set()
+
+
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_imports_after_plan_from_a_config_and_a_count_hold_nothing_heavy(tmp_path, flags):
     config = json.loads(SHARED_70B.read_text()) if SHARED_70B.exists() else LLAMA_70B

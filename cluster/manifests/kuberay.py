@@ -103,11 +103,13 @@ def _check(need: ClusterNeed, options: KubeRayOptions) -> None:
             "marked; for another cluster leave --spot out and give --node-selector"
         )
     folder = posixpath.normpath(need.work_folder)
+    if "://" in need.storage:
+        return
     storage = posixpath.normpath(posixpath.join(folder, need.storage))
     if storage != folder and not storage.startswith(f"{folder}/"):
         raise ValueError(
             f"storage must lie in the work folder ({folder}), where the volume is mounted, got "
-            f"{need.storage}; a pod's own disk is gone with it"
+            f"{need.storage}; a pod's own disk is gone with it (or be a URL, s3://BUCKET/runs)"
         )
 
 

@@ -1,6 +1,5 @@
 """The shell that every manifest runs on its head: wait for the nodes, then go on with the run or begin it."""
 
-import posixpath
 import shlex
 
 from cluster.manifests.need import ClusterNeed
@@ -45,21 +44,17 @@ def wait_for_nodes(num_nodes: int, limit_s: int) -> str:
 
 
 def restore_or_start(need: ClusterNeed, config: str) -> str:
-    """Shell that goes on with the run where its plan is on the storage, else begins it.
+    """Shell that goes on with the run where it is on the storage, a folder or a URL, else begins it.
 
     It replaces the shell by `tenfold`, so that a signal to the one reaches the other.
 
     Args:
         config: path of sweep.yaml as a word of the shell, quoted where it must be.
     """
-    run = posixpath.join(need.storage, need.name)
     return "\n".join(
         (
             f"cd -- {shlex.quote(need.work_folder)}",
-            f"if [ -f {shlex.quote(posixpath.join(run, 'plan.json'))} ]; then",
-            f"  exec tenfold resume {shlex.quote(run)} --address auto",
-            "fi",
-            f"exec tenfold sweep {config} --name {shlex.quote(need.name)} --address auto",
+            f"exec tenfold sweep {config} --name {shlex.quote(need.name)} --address auto --resume",
         )
     )
 

@@ -1,9 +1,7 @@
 """Which points of a study are still to run, decided from what is on disk. Imports neither torch nor ray."""
 
 import math
-import shutil
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from orchestration.results import TrialRecord, read_trial
@@ -14,7 +12,8 @@ from search_spaces import doctrine
 from search_spaces.candidate import Candidate, trial_name
 from search_spaces.studies.grid import next_points
 from search_spaces.studies.points import Point
-from trainers.paths import RunPaths, TrialPaths, read_json, write_json
+from trainers.mirror import local_folder, shown
+from trainers.paths import RunPaths, TrialPaths, copy_file, read_json, remove_file, write_json
 
 MEASURED = ("finished", "diverged")
 """Ends of a trial that are results: a point with a loss, or one without."""
@@ -27,7 +26,7 @@ class Agenda:
 
     Args:
         make: a candidate -> its trial's dict.
-        sources: folders of other studies whose equal trials are taken over.
+        sources: other studies whose equal trials are taken over.
         in_turn: LoRA arms wait until full fine-tuning is through, as where one worker group must not
             change between the two all the time.
     """
@@ -39,7 +38,7 @@ class Agenda:
         run: RunPaths,
         make: Callable[[Candidate], dict[str, Any]],
         *,
-        sources: Sequence[Path] = (),
+        sources: Sequence[RunPaths] = (),
         in_turn: bool = False,
     ) -> None:
         self.arms, self.config, self.run, self.make = arms, config, run, make
@@ -61,7 +60,7 @@ class Agenda:
                     new.append(trial)
             for trial in new:
                 self.asked.add(trial["name"])
-                write_json(TrialPaths(Path(trial["folder"])).config, trial)
+                write_json(TrialPaths(local_folder(trial["folder"])).config, trial)
             if new or not adopted:
                 return new
 
@@ -152,23 +151,22 @@ def retry_failed(run: RunPaths) -> list[str]:
     for name in known_names(run):
         paths = run.trial(name)
         if read_trial(paths).status == "failed":
-            paths.status.unlink()
+            remove_file(paths.status)
             names.append(name)
     return names
 
 
-def adopt(trial: dict[str, Any], sources: Sequence[Path]) -> bool:
-    """Takes the numbers of an equal trial from another study's folder, if one measured it."""
-    target = TrialPaths(Path(trial["folder"]))
+def adopt(trial: dict[str, Any], sources: Sequence[RunPaths]) -> bool:
+    """Takes the numbers of an equal trial from another study, if one measured it."""
+    target = TrialPaths(local_folder(trial["folder"]))
     for source in sources:
-        found = RunPaths(source).trial(trial["name"])
+        found = source.trial(trial["name"])
         if not found.status.exists() or read_trial(found).status not in MEASURED:
             continue
         if _what(read_json(found.config)) == _what(trial):
-            target.root.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(found.metrics, target.metrics)
-            write_json(target.config, trial | {"taken_from": str(source)})
-            shutil.copyfile(found.status, target.status)  # last: with it the trial has ended
+            copy_file(found.metrics, target.metrics)
+            write_json(target.config, trial | {"taken_from": shown(source.root)})
+            copy_file(found.status, target.status)  # last: with it the trial has ended
             return True
     return False
 

@@ -13,7 +13,7 @@ from orchestration.planning import Plan
 from orchestration.preflight import checked_inventory, needs_of
 from orchestration.progress import Progress
 from orchestration.results import read_trials
-from orchestration.run import driving
+from orchestration.run_folder import driving
 from orchestration.studies.agenda import retry_failed
 from orchestration.studies.capacity import (
     LAPTOP,

@@ -14,6 +14,7 @@ from orchestration.studies.config import StudyConfig, write_study_yaml
 from orchestration.studies.frame import StudyFacts
 from search_spaces.candidate import Candidate
 from search_spaces.pruner import DiscardedList, PruneResult
+from trainers.mirror import shown
 from trainers.paths import RunPaths, read_json, write_json
 
 
@@ -51,11 +52,13 @@ def begin(run: RunPaths, config: StudyConfig, facts: StudyFacts, fixed: dict[str
         for key in now:
             if was.get(key) != now[key]:
                 raise ValueError(
-                    f"{run.root}: a study that goes on must keep its {key} "
+                    f"{shown(run.root)}: a study that goes on must keep its {key} "
                     f"({difference(was.get(key), now[key])}); give another name (--name)"
                 )
     elif run.root.exists() and any(path.name != run.lock.name for path in run.root.iterdir()):
-        raise ValueError(f"{run.root}: must be a study's folder or a new one; give another --name")
+        raise ValueError(
+            f"{shown(run.root)}: must be a study's folder or a new one; give another --name"
+        )
     write_study_yaml(run.root / "study.yaml", config)
     resolved = {"config": config.model_dump(mode="json"), "versions": facts.versions}
     write_json(run.resolved, resolved | {"command": facts.command, "fixed": now})
@@ -78,7 +81,7 @@ def conclude(console: Console, run: RunPaths, results: dict[str, Any]) -> int:
         console.print(
             f"what would decide it: {verdict['would_decide']}", markup=False, soft_wrap=True
         )
-    console.print(f"report: {run.report}", markup=False, soft_wrap=True)
+    console.print(f"report: {shown(run.report)}", markup=False, soft_wrap=True)
     if results["status"] == "unfinished":
         console.print("interrupted: the same command goes on with it")
         return INTERRUPTED

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from orchestration.models import model_shape
-from orchestration.run import driving
+from orchestration.run_folder import driving
 from orchestration.studies.common import begin, conclude
 from orchestration.studies.compute import GPU, LAPTOP, SMOKE, ComputeRecipe, CostModel, run_compute
 from orchestration.studies.config import ASSETS, StudyConfig

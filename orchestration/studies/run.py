@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +11,8 @@ from orchestration.packs import trial_demand
 from orchestration.planning import Plan
 from orchestration.preflight import checked_inventory, needs_of
 from orchestration.progress import Progress
-from orchestration.run import driving, versions
+from orchestration.run import versions
+from orchestration.run_folder import driving, run_at, run_in
 from orchestration.runtime_env import share_cache
 from orchestration.studies.agenda import Agenda, retry_failed
 from orchestration.studies.arms import CURVE_KINDS, Arm, make_arms
@@ -37,18 +37,18 @@ def run_study(
     *,
     preset: str | None,
     command: str,
-    reuse: Sequence[Path] = (),
+    reuse: Sequence[str] = (),
 ) -> int:
     """Runs a study, or goes on with it, and returns the exit code.
 
     Args:
         command: what reruns it, for the report.
-        reuse: folders of other studies whose equal points are taken over.
+        reuse: folders or URLs of other studies whose equal points are taken over.
 
     Raises:
         ValueError: anything that can be known before a trial starts.
     """
-    run = RunPaths(Path(config.storage) / (config.name or f"{kind}-{preset or 'study'}"))
+    run = run_in(config.storage, config.name or f"{kind}-{preset or 'study'}")
     _require_studies(kind, reuse)
     share_cache(config.address, config.storage)
     facts = StudyFacts(kind=kind, preset=preset, command=command, versions=versions())
@@ -60,11 +60,11 @@ def run_study(
         from orchestration.studies.compute_run import run_compute_study
 
         return run_compute_study(config, run, facts)
-    return _run_curves(config, run, facts, reuse)
+    return _run_curves(config, run, facts, [run_at(place) for place in reuse])
 
 
 def _run_curves(
-    config: StudyConfig, run: RunPaths, facts: StudyFacts, reuse: Sequence[Path]
+    config: StudyConfig, run: RunPaths, facts: StudyFacts, reuse: Sequence[RunPaths]
 ) -> int:
     assert facts.kind in CURVE_KINDS
     plan = checked_plan(config)
@@ -85,14 +85,12 @@ def _run_curves(
     return conclude(console, run, results)
 
 
-def _require_studies(kind: str, folders: Sequence[Path]) -> None:
-    if folders and kind not in CURVE_KINDS:
+def _require_studies(kind: str, places: Sequence[str]) -> None:
+    if places and kind not in CURVE_KINDS:
         raise ValueError(f"--reuse is for {', '.join(CURVE_KINDS)}; leave it out of {kind}")
-    for folder in folders:
-        if not RunPaths(folder).trials.is_dir():
-            raise ValueError(
-                f"--reuse {folder}: must be the folder of a study (trials/), it is not"
-            )
+    for place in places:
+        if not run_at(place).trials.is_dir():
+            raise ValueError(f"--reuse {place}: must be the folder of a study (trials/), it is not")
 
 
 def _require_full_ft(config: StudyConfig, plan: Plan, arms: Sequence[Arm]) -> None:
@@ -174,7 +172,7 @@ def train_arms(
     config: StudyConfig,
     run: RunPaths,
     console: Console,
-    reuse: Sequence[Path] = (),
+    reuse: Sequence[RunPaths] = (),
 ) -> None:
     """Trains what the arms still need, on Ray."""
     from orchestration import engines, sweep

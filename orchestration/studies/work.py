@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from ray.tune.search import Searcher
@@ -16,6 +15,7 @@ from orchestration.studies.arms import Arm
 from orchestration.studies.config import StudyConfig
 from orchestration.trials import TrialMaker, settle
 from search_spaces.candidate import Candidate
+from trainers.mirror import fetch_all_records
 from trainers.paths import RunPaths
 
 
@@ -27,7 +27,7 @@ class StudyWork(Work):
         self,
         arms: Sequence[Arm],
         config: StudyConfig,
-        sources: Sequence[Path],
+        sources: Sequence[RunPaths],
         in_turn: bool,
         plan: Plan,
         maker: TrialMaker,
@@ -37,6 +37,7 @@ class StudyWork(Work):
         super().__init__(plan, maker, run)
 
     def look(self) -> None:
+        fetch_all_records(self.run.root)
         self.seen = settle(self.run)
         self.agenda.asked.clear()
         self.trials = self.agenda.take()

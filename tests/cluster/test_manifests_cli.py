@@ -101,6 +101,27 @@ def test_cluster_kuberay_carries_sweep_yaml_as_it_was_written(printed):
     assert f"must find, from /mnt/tenfold: {BASE}, good.jsonl" in err
 
 
+def test_cluster_kuberay_of_a_storage_at_a_url_gets_its_credentials_by_reference(printed):
+    out, _ = printed(*KINDS["kuberay"], storage="s3://bucket/runs")
+    _, job = yaml.safe_load_all(out)
+    spec = job["spec"]["rayClusterSpec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        found = {item["name"]: item["valueFrom"] for item in container["env"]}
+        assert found["AWS_SECRET_ACCESS_KEY"]["secretKeyRef"]["optional"] is True
+    assert "AWS_" not in printed(*KINDS["kuberay"])[0]
+
+
+def test_cluster_ray_installs_the_client_of_its_storage(printed):
+    arguments = ["ray", *A100, *AWS[:-2], "--pip", "tenfold", "--nfs", "fs-1:/"]
+    (install,) = yaml.safe_load(printed(*arguments, storage="s3://bucket/runs")[0])[
+        "setup_commands"
+    ][1:]
+    assert install.endswith(" s3fs")
+    (install,) = yaml.safe_load(printed(*arguments)[0])["setup_commands"][1:]
+    assert "s3fs" not in install
+
+
 def test_cluster_slurm_runs_in_the_current_folder_on_the_sweep_that_is_named(printed):
     out, _ = printed(*KINDS["slurm"])
     assert subprocess.run(["bash", "-n"], input=out, text=True, check=False).returncode == 0
@@ -228,7 +249,7 @@ def test_cluster_gpu_that_cannot_hold_the_base_is_refused_with_what_would(write,
         ),
         (["slurm", *A100], {"pack_size": 10**7}, "pack_size must be what a worker holds"),
         (["slurm", *A100], {"method": "rl"}, "method: rl can be planned but not trained"),
-        (["slurm", *A100], {"storage": "s3://bucket/runs"}, "storage must be a folder"),
+        (["slurm", *A100], {"storage": "s3://k:v@bucket/runs"}, "without credentials"),
     ],
 )
 def test_cluster_that_cannot_be_written_is_refused_in_one_line(

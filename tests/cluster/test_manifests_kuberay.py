@@ -150,12 +150,14 @@ def test_kuberay_of_what_cannot_run_is_refused(values, options, message):
         kuberay_manifest(make_need(**values), KubeRayOptions(**options))
 
 
-@pytest.mark.parametrize("storage", ["runs", ".", "/mnt/tenfold/runs", "/mnt/tenfold"])
-def test_kuberay_storage_on_the_volume_is_taken(storage):
+@pytest.mark.parametrize(
+    "storage", ["runs", ".", "/mnt/tenfold/runs", "/mnt/tenfold", "s3://b/runs"]
+)
+def test_kuberay_storage_on_the_volume_or_a_url_is_taken(storage):
     assert len(kuberay_manifest(make_need(storage=storage), KubeRayOptions())) == 2
 
 
-def test_kuberay_script_starts_a_new_run_and_resumes_one_that_has_a_plan(tmp_path: Path):
+def test_kuberay_script_starts_the_run_or_goes_on_with_it(tmp_path: Path):
     machine = Machine(tmp_path)
     machine.nodes_file.write_text("2")  # the head and one worker
     work = tmp_path / "work"
@@ -164,9 +166,5 @@ def test_kuberay_script_starts_a_new_run_and_resumes_one_that_has_a_plan(tmp_pat
     assert config_map["data"]["sweep.yaml"] == "a: 1\n"
     script = config_map["data"]["run.sh"]
     assert machine.run(script, RAY_AUTH_MODE="token") == (0, "")
-    started = "tenfold sweep /etc/tenfold/sweep.yaml --name My_Run.v1 --address auto"
+    started = "tenfold sweep /etc/tenfold/sweep.yaml --name My_Run.v1 --address auto --resume"
     assert machine.calls() == [started, f"cwd {work}"]
-    (work / "runs" / "My_Run.v1").mkdir(parents=True)
-    (work / "runs" / "My_Run.v1" / "plan.json").touch()
-    assert machine.run(script, RAY_AUTH_MODE="token") == (0, "")
-    assert machine.calls()[2] == "tenfold resume runs/My_Run.v1 --address auto"

@@ -83,19 +83,14 @@ def test_slurm_option_that_cannot_be_had_is_refused(values, sbatch, message):
         slurm_script(need, SlurmOptions(config_file="/s", sbatch=sbatch))
 
 
-def test_slurm_run_starts_a_new_run_and_resumes_one_that_has_a_plan(machine):
+def test_slurm_run_starts_the_run_or_goes_on_with_it(machine):
     need, options = here(machine, name="My_Run.v1", storage="r u n s")
     script = slurm_script(need, options)
     assert machine.run(script, TENFOLD_STATUS="1") == (1, "")
-    sweep = f"tenfold sweep {options.config_file} --name My_Run.v1 --address auto"
+    sweep = f"tenfold sweep {options.config_file} --name My_Run.v1 --address auto --resume"
     calls = machine.calls()
     assert calls[0].startswith("ray start --head --node-ip-address=10.0.0.7 --port=6379")
     assert calls[1:] == [sweep, f"cwd {need.work_folder}", "ray stop --force"]
-    plan = Path(need.work_folder) / "r u n s" / "My_Run.v1" / "plan.json"
-    plan.parent.mkdir(parents=True)
-    plan.touch()
-    assert machine.run(script) == (0, "")
-    assert machine.calls()[5] == "tenfold resume r u n s/My_Run.v1 --address auto"
 
 
 def test_slurm_run_of_many_nodes_joins_them_with_a_token_that_is_made_for_the_job(machine):

@@ -19,12 +19,12 @@ FUNCTIONS = ROOT / "trainers" / "assets" / "demo" / "functions.jsonl"
 TIMEOUT_S = 800
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str, cache: str = "cache") -> subprocess.Popen[str]:
     """Starts `tenfold ...` in a folder, with its cache there."""
     return subprocess.Popen(
         [sys.executable, "-m", "orchestration.cli", *arguments],
         cwd=folder,
-        env=os.environ | {"TENFOLD_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"TENFOLD_CACHE": str(folder / cache), "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -11,6 +11,7 @@ import pytest
 
 from orchestration.cli import main
 from orchestration.run import require_new
+from trainers.object_store import ObjectStore
 from trainers.paths import RunPaths, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,6 +250,34 @@ def test_run_folder_of_a_driver_that_died_before_its_plan_may_begin_again(tmp_pa
     write_text(run.plan, "{}")
     with pytest.raises(ValueError, match="exists already"):
         require_new(run)
+
+
+@pytest.mark.parametrize(
+    ("storage", "part"),
+    [
+        ("s3://key:never@bucket/runs", "must be a URL without credentials"),
+        ("memory://runs", "a URL with a bucket that every node reaches"),
+        ("gs://bucket/runs", "install gcsfs on the driver and on every node"),
+        ("s3://no-such-bucket/runs", "create the bucket, or set the store's credentials"),
+    ],
+)
+def test_bad_storage_url_is_refused_before_anything_is_read(
+    write_sweep, capsys, bucket, tmp_path, storage, part
+):
+    (line,) = told("sweep", write_sweep(storage=storage), capsys)
+    assert part in line
+    assert "never" not in line
+    assert not (tmp_path / "cache").exists()
+
+
+def test_bad_run_at_a_url_that_is_there_or_is_not_a_sweep(write_sweep, capsys, bucket, tmp_path):
+    store = ObjectStore(f"{bucket.url}/runs/mine")
+    store.write("plan.json", b"kept")
+    (line,) = told("sweep", write_sweep(storage=f"{bucket.url}/runs", name="mine"), capsys)
+    assert f"{bucket.url}/runs/mine: the run folder exists already" in line
+    assert store.read("plan.json") == b"kept"
+    assert main(["resume", f"{bucket.url}/runs/none"]) == 2
+    assert "must be the folder of a sweep" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["mine", None])

@@ -121,7 +121,7 @@ def test_progress_prints_one_line_per_event_and_counts_the_ended():
 
 
 def test_main_interrupted_gives_130(write_sweep, capsys, monkeypatch):
-    def interrupt(*_: object) -> int:
+    def interrupt(*_: object, **__: object) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_module, "run_sweep", interrupt)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ import yaml
 
 from cluster.inventory import Inventory, TrialDemand
 from orchestration.preflight import Needs, checked_inventory
+from tests.conftest import s3_environment
 from tests.orchestration.sweeps import BASE, FUNCTIONS, ROOT, ended, start, statuses, told
+from trainers.object_store import ObjectStore
 
 CPU = TrialDemand(num_workers=1, cpus_per_worker=1, gpus_per_worker=0)
 INVENTORY = Inventory(num_cpus=1, num_gpus=0, where="the Ray cluster")
@@ -38,7 +40,7 @@ class TwoNodes:
 
 
 @pytest.fixture(scope="module")
-def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
+def two_nodes(tmp_path_factory: pytest.TempPathFactory, s3_port: int) -> Iterator[TwoNodes]:
     if subprocess.run(["unshare", "-m", "true"], check=False).returncode:
         pytest.skip("needs a mount namespace (root, or a container with SYS_ADMIN)")
     import ray
@@ -53,6 +55,7 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     shared.mkdir()
     private.mkdir()
     os.environ |= {"TENFOLD_CACHE": str(shared / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= s3_environment(s3_port)  # a node has the store's credentials of its own
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
     )
@@ -149,6 +152,29 @@ def test_preflight_storage_of_one_node_alone_is_refused_and_nothing_is_left(two_
     assert two_nodes.other[:8] in line
     assert list(two_nodes.private.iterdir()) == []
     assert on_node(two_nodes.other, names_in, str(two_nodes.private)) == []
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_preflight_storage_at_a_url_is_written_by_every_node_and_nothing_is_left(two_nodes, bucket):
+    needs = replace(needs_on(two_nodes.shared), storage=f"{bucket.url}/new/runs")
+    assert checked_inventory(needs, INVENTORY, local=False) == INVENTORY
+    assert ObjectStore(bucket.url).listing() == {}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_preflight_storage_at_a_url_that_a_node_sees_otherwise_is_refused(two_nodes):
+    # A folder that is another one on the node, and a disk that holds no copy of a trial.
+    storage = f"file://{two_nodes.private}/runs"
+    needs = replace(needs_on(two_nodes.shared), storage=storage, work_bytes=10**18)
+    with pytest.raises(ValueError, match="must be readable and writable there") as refused:
+        checked_inventory(needs, INVENTORY, local=False)
+    lines = str(refused.value).splitlines()
+    assert len([line for line in lines if "copies of a worker's trials need" in line]) == 2
+    (line,) = (line for line in lines if "must be readable and writable" in line)
+    assert two_nodes.other[:8] in line
+    assert "what the driver wrote there is not seen here" in line
 
 
 @pytest.mark.ray
@@ -309,6 +335,40 @@ def test_sweep_on_a_node_without_tenfold_trains_and_shares_its_data_on_the_stora
     assert not (tmp_path / "home" / ".cache" / "tenfold").exists()
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["packed", "solo"])
+def test_sweep_on_an_object_store_needs_no_folder_that_nodes_share(
+    two_nodes, bucket, tmp_path, engine
+):
+    storage, own = f"{bucket.url}/runs", two_nodes.private / engine
+    write_sweep(
+        tmp_path, storage=storage, num_candidates=1, examples=32, seq_len=128, engine=engine
+    )
+    verb = ["sweep", "sweep.yaml", "--address", two_nodes.address]
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestration.cli", *verb],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TENFOLD_CACHE": str(own)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, told(done)
+    names = ObjectStore(f"{storage}/run").listing()
+    assert "best/adapter_model.safetensors" in names
+    (status,) = (n for n in names if n.endswith("status.json"))
+    content = ObjectStore(f"{storage}/run").read(status)
+    assert content is not None
+    assert json.loads(content)["status"] == "finished"
+    assert not (two_nodes.shared / engine).exists()
+    # The node took the tokenized data from the store: it has them, and made none of its own.
+    made = on_node(two_nodes.other, names_in, str(own / "sets"))
+    assert made == names_in(str(own / "sets"))
+    assert len(ObjectStore(f"{storage}/.cache").read_all([f"sets/{made[0]}/manifest.json"])) == 1
+    assert on_node(two_nodes.other, names_in, str(own / "work")) == []
+
+
 def serve_nothing(config: dict[str, Any]) -> None:
     """A group's worker that is told to stop and does."""
     from trainers.worker import BrokerLink
@@ -333,10 +393,3 @@ def test_pool_broker_of_a_joined_cluster_lives_on_the_head(two_nodes):
     with Pool(CPU, 1, {}, {}, str(two_nodes.shared / "pool"), serve=serve_nothing) as pool:
         pool.first_group()
         assert ray.get(pool.broker.__ray_call__.remote(node_of)) == two_nodes.head
-
-
-def test_sweep_storage_url_is_refused_with_what_to_do(tmp_path):
-    write_sweep(tmp_path, storage="s3://bucket/runs")
-    line = refused_in_a_line(tmp_path)
-    assert "storage must be a folder that all nodes share, got the URL s3://bucket/runs" in line
-    assert "mount the object store" in line

@@ -14,7 +14,6 @@ from orchestration.node_facts import (
     END_BYTES,
     NodeFacts,
     Question,
-    answer_probe,
     fingerprint,
     node_facts,
 )
@@ -29,6 +28,7 @@ from orchestration.preflight import (
     storage_problems,
     with_smallest_gpu,
 )
+from orchestration.run_folder import run_in
 from orchestration.trials import TrialMaker
 from tests.orchestration.sweeps import BASE, FUNCTIONS
 from trainers.paths import RunPaths
@@ -62,6 +62,7 @@ FACTS = NodeFacts(
     inputs={"/models/base": "m", "/data/train.jsonl": "d"},
     storage_error="",
     storage_free_bytes=1000,
+    work_free_bytes=500,
     base_bytes=0,
     base_error="",
     cache_free_bytes=0,
@@ -153,6 +154,21 @@ def test_preflight_storage_that_is_not_shared_asks_for_a_shared_folder(error, se
     assert (error or "what it writes is not seen here") in line
 
 
+def test_preflight_storage_at_a_url_asks_for_client_and_credentials():
+    needs = replace(NEEDS, storage="s3://bucket/runs")
+    (line,) = found(replace(FACTS, storage_error="needs a client"), needs, storage_seen=False)
+    assert "storage s3://bucket/runs must be readable and writable there: needs a client" in line
+    assert "credentials" in line
+
+
+@pytest.mark.parametrize(("needed", "count"), [(0, 0), (500, 0), (501, 1)])
+def test_preflight_copies_of_a_run_at_a_url_must_fit_a_nodes_disk(needed, count):
+    needs = replace(NEEDS, storage="s3://bucket/runs", work_bytes=needed)
+    lines = found(FACTS, needs)
+    assert len(lines) == count
+    assert all("need 501 bytes on its own disk, 500 are free" in line for line in lines)
+
+
 def test_preflight_base_that_a_node_cannot_fetch_or_hold_is_named():
     gated = replace(FACTS, base_bytes=None, base_error="model a/b: 401 Unauthorized")
     (line,) = found(gated)
@@ -170,7 +186,7 @@ def test_preflight_all_problems_of_a_node_are_told_at_once():
     assert len(found(node, storage_seen=False)) == 5
 
 
-@pytest.mark.parametrize(("free", "count"), [(1000, 0), (1001, 0), (999, 1)])
+@pytest.mark.parametrize(("free", "count"), [(1000, 0), (1001, 0), (999, 1), (None, 0)])
 def test_preflight_checkpoints_must_fit_the_storage(free, count):
     assert len(storage_problems(NEEDS, free)) == count
 
@@ -191,19 +207,6 @@ def test_preflight_inventory_has_the_smallest_gpu_of_all_nodes():
     assert with_smallest_gpu(inventory, [FACTS]).gpu_bytes == 80
     unknown = replace(inventory, gpu_bytes=None)
     assert with_smallest_gpu(unknown, [FACTS]) == unknown
-
-
-def test_node_facts_probe_is_answered_only_in_the_drivers_folder(tmp_path):
-    probe = tmp_path / "probe"
-    assert answer_probe(probe, "n1") == "not the driver's folder"
-    assert answer_probe(tmp_path / "gone" / "probe", "n1") == "no such folder"
-    assert list(tmp_path.iterdir()) == []
-    probe.mkdir()
-    (probe / "driver").write_text("another")
-    assert answer_probe(probe, "n1") == "another folder of this path"
-    (probe / "driver").write_text("probe")
-    assert answer_probe(probe, "n1") == ""
-    assert (probe / "n1").read_text() == "n1"
 
 
 @pytest.mark.parametrize("at", [0, END_BYTES - 1, -1, -END_BYTES])
@@ -282,6 +285,19 @@ def test_needs_of_a_study_count_what_runs_at_once(planned, tmp_path):
     plan, run = planned(engine="solo"), RunPaths(tmp_path / "run")
     needs = needs_of(plan, run, INVENTORY, keep_weights=False, full_ft_params=1000)
     assert needs.storage_bytes == 16 * (attention_params(4) + 1000)
+
+
+def test_needs_of_a_run_at_a_url_count_the_copies_of_a_worker(planned, tmp_path):
+    storage = f"file://{tmp_path}/store"
+    plan, run = planned(storage=storage), run_in(storage, "run")
+    needs = needs_of(plan, run, INVENTORY)
+    assert needs.storage == storage
+    # Both adapters of the pack with moments and best weights, and the larger one's next checkpoint.
+    params = 4 * (attention_params(2) + attention_params(4)) + 3 * attention_params(4)
+    assert needs.work_bytes == 4 * params
+    assert needs_of(plan, RunPaths(tmp_path / "run"), INVENTORY).work_bytes == 0
+    trial = TrialMaker(plan, CPU, plan_packs(plan, INVENTORY), run).make(plan.pruned.admitted[0])
+    assert trial["folder"] == f"{storage}/run/trials/{trial['name']}"
 
 
 def test_trial_of_a_hub_model_names_the_hub_for_its_tokenizer(planned, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file
 
 from tests.orchestration.sweeps import (
     FUNCTIONS,
@@ -25,6 +26,7 @@ from tests.orchestration.sweeps import (
     wait_until,
     write_config,
 )
+from trainers.object_store import ObjectStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -116,6 +118,61 @@ def test_resume_after_a_killed_driver_ends_in_the_numbers_of_a_whole_sweep(folde
     shutil.copyfile(FUNCTIONS, data)
     assert "must plan the same" in edited.stderr
     assert losses(run) == losses(whole)
+
+
+def fetched(url: str, folder: Path) -> Path:
+    """A run's copy, as anybody would take it from the store."""
+    import fsspec
+
+    fsspec.filesystem("s3", skip_instance_cache=True).get(url, str(folder), recursive=True)
+    return folder
+
+
+def test_resume_on_an_object_store_by_another_machine_ends_in_the_numbers_of_a_whole_sweep(
+    folder, bucket, tmp_path
+):
+    whole, url = folder / "runs" / "whole", f"{bucket.url}/runs/far"
+    write_config(folder, name="far", storage=f"{bucket.url}/runs", **CONFIG)
+    store = ObjectStore(url)
+
+    def is_half_way() -> bool:
+        names = store.listing()
+        done = {name.split("/")[1] for name in names if name.endswith("/status.json")}
+        begun = {name.split("/")[1] for name in names if name.endswith("checkpoint/manifest.json")}
+        return bool(done) and bool(begun - done)
+
+    driver = start(folder, "sweep", "sweep.yaml")
+    wait_until(is_half_way, driver)
+    refused = ended(start(folder, "resume", url))
+    assert refused.returncode == 2, told(refused)
+    assert f"{url}: this run is being driven by another process" in refused.stderr
+    left = kill(driver)
+    before = {k: v for k, v in store.listing("trials").items() if k.endswith("status.json")}
+    assert 0 < len(before) < 3
+    # Another machine has measured its forwards too; here they must be of one size.
+    shutil.copytree(folder / "cache" / "speed", folder / "elsewhere" / "speed")
+    done = ended(start(folder, "sweep", "sweep.yaml", "--resume", cache="elsewhere"))
+    assert done.returncode == 0, told(done)
+    assert_gone(left)
+    assert f"report: {url}/report.html" in done.stdout
+    run, after = fetched(url, tmp_path / "far"), store.listing()
+    assert {status["status"] for status in statuses(run).values()} == {"finished"}
+    assert losses(run) == losses(whole)
+    assert rungs(run) == rungs(whole)
+    assert {name: after[name] for name in before} == before  # what had ended was left alone
+    best, expected = (load_file(f / "best" / "adapter_model.safetensors") for f in (run, whole))
+    assert best.keys() == expected.keys()
+    assert all(best[name].equal(expected[name]) for name in best)
+    assert [name for name in after if "/." in f"/{name}"] == []
+    assert list((folder / "elsewhere" / "work").iterdir()) == []
+    assert (folder / "elsewhere" / "sets").is_dir()
+    write_config(folder, name="far", storage=f"{bucket.url}/runs", **CONFIG | {"examples": 161})
+    edited = ended(start(folder, "sweep", "sweep.yaml", "--resume"))
+    assert edited.returncode == 2, told(edited)
+    assert "the given file differs (-examples: 160; +examples: 161)" in edited.stderr
+    report = ended(start(folder, "report", url))
+    assert report.returncode == 0, told(report)
+    assert report.stdout == f"{url}/report.html\n"
 
 
 def test_resume_of_solo_goes_on_from_checkpoints(folder):

@@ -16,6 +16,7 @@ from orchestration.runtime_env import (
     submitted_environment,
     worker_environment,
 )
+from trainers.data.cache import SHARED_CACHE
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY_PACKAGE_BYTES = 512 << 20
@@ -25,7 +26,7 @@ RAY_PACKAGE_BYTES = 512 << 20
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A driver that no job started."""
-    for name in (JOB_CONFIG, JOB_OVERRIDE, "TENFOLD_CACHE"):
+    for name in (JOB_CONFIG, JOB_OVERRIDE, SHARED_CACHE, "TENFOLD_CACHE"):
         monkeypatch.setenv(name, "")  # so that what the test sets is undone
         monkeypatch.delenv(name)
     return monkeypatch
@@ -84,6 +85,21 @@ def test_runtime_env_cache_of_a_joined_cluster_lies_on_the_storage(alone, tmp_pa
     alone.chdir(tmp_path)
     share_cache("head:6379", "runs")
     assert os.environ["TENFOLD_CACHE"] == str(tmp_path / "runs" / ".cache")
+
+
+@pytest.mark.parametrize("address", [None, "head:6379"])
+def test_runtime_env_sets_of_a_run_at_a_url_are_shared_there_and_caches_stay_apart(alone, address):
+    share_cache(address, "s3://bucket/runs")
+    assert os.environ[SHARED_CACHE] == "s3://bucket/runs/.cache"
+    assert "TENFOLD_CACHE" not in os.environ
+    assert worker_environment()["env_vars"][SHARED_CACHE] == "s3://bucket/runs/.cache"
+
+
+def test_runtime_env_carries_no_credentials_of_a_store(alone):
+    alone.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    alone.setenv("AWS_ENDPOINT_URL", "http://store")
+    assert worker_environment()["env_vars"]["AWS_ENDPOINT_URL"] == "http://store"
+    assert "secret" not in str(worker_environment())
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_agenda_failed_trial_is_no_point_and_is_not_asked_for_for_ever(tmp_path)
 def test_agenda_takes_equal_points_from_another_study(tmp_path):
     first = Study(tmp_path / "first", seeds=2)
     first.play(valley(1e-3))
-    second = Study(tmp_path / "second", seeds=2, sources=[tmp_path / "first"])
+    second = Study(tmp_path / "second", seeds=2, sources=[RunPaths(tmp_path / "first")])
     assert second.take() == []
     assert second.agenda.is_complete()
     for arm in second.arms:
@@ -197,7 +197,7 @@ def test_agenda_does_not_take_points_of_another_budget_or_without_an_end(tmp_pat
         end(trial, 2.0)
     changed = RunPaths(tmp_path / "first").trial(taken[0]["name"]).config
     changed.write_text(json.dumps(json.loads(changed.read_text()) | {"num_examples": 64}))
-    second = Study(tmp_path / "second", seeds=1, sources=[tmp_path / "first"])
+    second = Study(tmp_path / "second", seeds=1, sources=[RunPaths(tmp_path / "first")])
     asked = {t["name"] for t in second.take()}
     assert taken[0]["name"] in asked  # another budget
     assert taken[1]["name"] not in asked

@@ -1,0 +1,82 @@
+"""Where a run is: a folder, or a URL of which this process keeps a copy (trainers/mirror.py)."""
+
+import posixpath
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainers.lease import DEAD_S, leased
+from trainers.mirror import fetch_all_records, mirror_of, opened, send_rest, shown
+from trainers.object_store import ObjectStore, checked_url, is_url
+from trainers.paths import RunPaths
+from trainers.run_lock import take_lock
+
+
+def run_in(storage: str, name: str) -> RunPaths:
+    """storage/NAME, to be written.
+
+    Raises:
+        ValueError: a URL that cannot be read and written.
+    """
+    if not is_url(storage):
+        return RunPaths(Path(storage) / name)
+    ObjectStore(checked_url(storage)).require_writable()
+    return run_at(posixpath.join(storage, name))
+
+
+def run_at(place: str) -> RunPaths:
+    """A run that may be there, with everything that is, but for weights.
+
+    Raises:
+        ValueError: a URL that cannot be read.
+    """
+    if not is_url(place):
+        return RunPaths(Path(place).expanduser())
+    mirror = opened(checked_url(place))
+    mirror.pull_records()
+    return RunPaths(mirror.root)
+
+
+def storage_of(run: RunPaths) -> str:
+    """What holds a run, as `storage:` says it."""
+    where = shown(run.root)
+    return where.rpartition("/")[0] if is_url(where) else str(run.root.resolve().parent)
+
+
+@contextmanager
+def driving(run: RunPaths) -> Iterator[None]:
+    """Makes this process the one that drives a run: two would train every trial twice into the same files.
+
+    Raises:
+        ValueError: another process drives it.
+    """
+    mirror = mirror_of(run.root)
+    if mirror is None:
+        with _locked(run):
+            yield
+        return
+    with leased(mirror.store, _say_waiting) as driver:
+        mirror.lease = mirror.store, driver
+        fetch_all_records(run.root)  # as the earlier driver and its workers left it
+        try:
+            yield
+            send_rest(run.root)
+        finally:
+            mirror.lease = None
+
+
+def _say_waiting(driver: str) -> None:
+    print(
+        f"an earlier driver {driver} did not let the run go; watching for up to {DEAD_S:g} s whether it lives",
+        file=sys.stderr,
+    )
+
+
+@contextmanager
+def _locked(run: RunPaths) -> Iterator[None]:
+    run.root.mkdir(parents=True, exist_ok=True)
+    with run.lock.open("a") as file:
+        if not take_lock(file):
+            raise ValueError(f"{run.root}: this run is being driven by another process")
+        yield
