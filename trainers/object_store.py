@@ -172,12 +172,24 @@ class ObjectStore:
         return {str(key)[start:]: _signature(info) for key, info in found.items()}
 
     def remove(self, names: list[str]) -> None:
-        """Removes objects, in their order, those that there are."""
+        """Removes objects, in their order, those that there are; of a file system also the folders that they
+        leave empty, as an object store has none."""
         for name in names:
             try:
                 self._asked(lambda name=name: self.fs.rm_file(self._path(name)))
             except FileNotFoundError:
                 continue
+        if self.has_folders:
+            for name in names:
+                self._remove_empty(Path(self._path(name)).parent)
+
+    def _remove_empty(self, folder: Path) -> None:
+        while folder.is_relative_to(self.root):
+            try:
+                folder.rmdir()
+            except OSError:  # something is there, or another process was quicker
+                return
+            folder = folder.parent
 
     def require_writable(self) -> None:
         """Writes an object, reads it back and removes it, without patience.

@@ -20,7 +20,7 @@ def test_probe_of_a_shared_storage_is_answered_and_leaves_nothing(storage, tmp_p
         assert answer_probe(storage, probe.name, "n1") == ""
         assert probe.has_answered("n1")
         assert not probe.has_answered("n2")
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_probe_of_another_storage_is_not_answered(storage):
