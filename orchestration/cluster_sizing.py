@@ -43,11 +43,9 @@ def cluster_need(config: "SweepConfig", args: argparse.Namespace) -> "ClusterNee
 
     from cluster.manifests.need import ClusterNeed
     from orchestration.memory_rule import trial_demand
-    from orchestration.run import require_trainable
 
     gpu = _gpu_name(args, config)
     plan, packs = _placed(config, gpu, args.gpus_per_node)
-    require_trainable(plan)
     assert plan.inventory is not None
     demand = trial_demand(config, plan.inventory, packs.workers_per_group)
     gpus_per_group = math.ceil(round(demand.num_workers * demand.gpus_per_worker, 6))

@@ -154,7 +154,6 @@ def _checked_plan(
     if here is not None:
         max_concurrent_trials(trial_demand(config, here), here)
     plan = make_plan(config, known, planned_for or here)
-    require_trainable(plan)
     if here is not None:
         plan_packs(plan, here)
     return plan
@@ -260,17 +259,6 @@ def require_supported(config: SweepConfig) -> None:
         raise ValueError(
             "method: rl can be planned but not trained by this version; set method: sft"
         )
-
-
-def require_trainable(plan: Plan) -> None:
-    targets = {candidate.target for candidate in plan.pruned.admitted}
-    targets |= {domain.target for domain in plan.domains if domain.admissible}
-    for target in sorted(targets):
-        if any(linear.component == "experts" for linear in plan.shape.resolve_target(target)):
-            raise ValueError(
-                f"target {'+'.join(target)}: fused experts can be planned but not trained by this version; "
-                "set target: [attn, unembed]"
-            )
 
 
 def _say_plan(console: Console, plan: Plan, as_json: dict[str, Any]) -> None:

@@ -17,6 +17,14 @@ from transformers.pytorch_utils import Conv1D
 from search_spaces.architecture import LinearShape
 from trainers.decoder import is_text_module
 from trainers.dropout import DropoutTokens, keep_mask
+from trainers.experts import (
+    PARAMETERS,
+    AdaptedExperts,
+    ExpertMatrix,
+    expert_size,
+    is_experts,
+    num_active_experts,
+)
 from trainers.lowrank import (
     AdaptedLinear,
     LowRankAdded,
@@ -25,7 +33,7 @@ from trainers.lowrank import (
     make_segments,
 )
 from trainers.sharding import Sharding, is_sharded
-from trainers.store import EXP_AVG, EXP_AVG_SQ, GRAD, WEIGHT, AdapterStore
+from trainers.store import EXP_AVG, EXP_AVG_SQ, GRAD, WEIGHT, AdapterStore, LayerSize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +41,8 @@ class AdapterSpec:
     """One adapter: what PEFT's LoraConfig would say of it.
 
     Args:
-        lora_rank: R of A and B, >= 1.
-        lora_alpha: the product B A is scaled by lora_alpha / lora_rank.
+        lora_rank: R of A and B, >= 1; each expert's is divided by the experts that a token passes.
+        lora_alpha: the product B A is scaled by lora_alpha / (the rank there).
         linears: the adapted layers, from `ModelShape.resolve_target`.
         dropout: probability of dropping an input of A, in [0, 1).
         seed: of A's initialisation and of the dropout masks.
@@ -46,10 +54,9 @@ class AdapterSpec:
     dropout: float = 0.0
     seed: int = 0
 
-    @property
-    def scaling(self) -> float:
-        """The factor on B A x."""
-        return self.lora_alpha / self.lora_rank
+    def scaling(self, size: LayerSize) -> float:
+        """The factor on B A x in a layer."""
+        return self.lora_alpha / size.rank(self.lora_rank)
 
 
 @dataclass
@@ -68,6 +75,7 @@ class AdaptedLayer(nn.Module):
     def __init__(self, base: nn.Module, name: str, ctx: PackContext) -> None:
         super().__init__()
         self.base, self.layer_name, self.ctx = base, name, ctx
+        self.size = layer_size(base)
         self.hit: set[int] = set()
         """Slots that adapt this layer."""
         self.dropout_keys: dict[int, int] = {}
@@ -143,7 +151,7 @@ class Pack:
         self.sharding = Sharding(model) if is_sharded(model) else None
         self.device = model.device
         self.slots: dict[int, Slot] = {}
-        self.layers: dict[str, AdaptedLayer] = {}
+        self.layers: dict[str, AdaptedLayer | ExpertMatrix] = {}
         first = next(p for p in model.parameters() if p.is_floating_point())
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.store = AdapterStore(dtype, self.device)
@@ -156,8 +164,8 @@ class Pack:
         that the ModelShape says; otherwise the pack stays as it is.
 
         Raises:
-            ValueError: a target that matches fewer or other layers than its ModelShape says, or
-                fused experts (3-D parameters), which this version does not train.
+            ValueError: a target that matches fewer or other layers than its ModelShape says, or experts
+                that compute otherwise than those known (experts.py).
         """
         names = matching_layers(self.model, spec.linears)
         index = next(i for i in range(len(self.slots) + 1) if i not in self.slots)
@@ -169,7 +177,7 @@ class Pack:
             layer.dropout_keys[index] = derived_seed(spec.seed, "dropout", name)
         self._bind_slot(index, slot)
         self._bind_layers()
-        self._initialise(slot)
+        self._initialise(index, spec)
         return index
 
     def leave(self, index: int) -> None:
@@ -184,16 +192,27 @@ class Pack:
         """Makes room beforehand, so that adapters enter without moving memory."""
         features = {}
         for name in layers:
-            module = self.model.get_submodule(name)
-            base = module.base if isinstance(module, AdaptedLayer) else module
-            features[name] = layer_features(base)
-            if not isinstance(module, AdaptedLayer):
-                self.layers[name] = AdaptedLayer(module, name, self.ctx)
-                self.model.set_submodule(name, self.layers[name])
+            if name not in self.layers:
+                self.layers[name] = self._adapted(name)
+            features[name] = self.layers[name].size
         if self.store.reserve(num_slots, max_rank, features):
             for index, slot in self.slots.items():
                 self._bind_slot(index, slot)
             self._bind_layers()
+
+    def _adapted(self, name: str) -> "AdaptedLayer | ExpertMatrix":
+        """A layer put in the place of a frozen one, or beside the other of the same experts."""
+        module, parameter = module_of(self.model, name)
+        if not parameter:
+            layer = AdaptedLayer(module, name, self.ctx)
+            self.model.set_submodule(name, layer)
+            return layer
+        if not isinstance(module, AdaptedExperts):
+            module = AdaptedExperts(module, self.ctx)
+            self.model.set_submodule(name.removesuffix(f".{parameter}"), module)
+        size = expert_size(module.base, parameter, num_active_experts(self.model))
+        site = module.sites[parameter] = ExpertMatrix(name, size, set(), {})
+        return site
 
     def activate(self, slots: Sequence[int], dropout: DropoutTokens | None = None) -> None:
         """Says whose rows come next: equal segments, slot by slot. Empty: the base alone."""
@@ -207,8 +226,9 @@ class Pack:
         """Takes the adapters off again; the base is what it was."""
         if self.sharding is not None:
             self.sharding.close()
-        for name, layer in self.layers.items():
-            self.model.set_submodule(name, layer.base)
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, AdaptedLayer | AdaptedExperts):
+                self.model.set_submodule(name, module.base)
         self.slots.clear()
         self.layers.clear()
 
@@ -217,7 +237,7 @@ class Pack:
         assert slot.spec is not None
         names = [name for name, layer in self.layers.items() if index in layer.hit]
         views = [
-            adapter_views(self.store, kind, index, slot.spec.lora_rank, sorted(names))
+            adapter_views(self.store, kind, index, slot.spec.lora_rank, names)
             for kind in (WEIGHT, GRAD, EXP_AVG, EXP_AVG_SQ)
         ]
         slot.parameters, slot.gradients = views[0], views[1]
@@ -228,32 +248,30 @@ class Pack:
     def _bind_layers(self) -> None:
         """Gives the layers their views of the store."""
         count, store = self.store.num_slots, self.store
-        scalings = [
-            slot.spec.scaling if (slot := self.slots.get(i)) and slot.spec else 0.0
-            for i in range(count)
-        ]
+        specs = [slot.spec if (slot := self.slots.get(i)) else None for i in range(count)]
         for name, layer in self.layers.items():
             if name not in store.A_4SRI:
                 continue
             A, B = store.A_4SRI[name], store.B_4SRO[name]
-            hit = [scalings[i] if i in layer.hit else 0.0 for i in range(count)]
+            hit = [
+                spec.scaling(layer.size) if spec and i in layer.hit else 0.0
+                for i, spec in enumerate(specs)
+            ]
             scaling_S = torch.tensor(hit, dtype=store.dtype, device=self.device)
             layer.matrices = Matrices(A[WEIGHT], B[WEIGHT], A[GRAD], B[GRAD], scaling_S)
             keys = [layer.dropout_keys.get(i, 0) for i in range(count)]
             layer.dropout_keys_S = torch.tensor(keys, dtype=torch.int64, device=self.device)
 
-    @staticmethod
-    def _initialise(slot: Slot) -> None:
+    def _initialise(self, index: int, spec: AdapterSpec) -> None:
         # U(+-1/sqrt(d_in)) is PEFT's kaiming_uniform(a=sqrt(5)) and the doctrine's A. The generator is
         # the adapter's and the layer's own, so neighbours, K and the order of layers change nothing.
-        assert slot.spec is not None
-        for name, view in slot.parameters.items():
-            if ".lora_A." in name:
-                layer = name.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
-                seed = derived_seed(slot.spec.seed, "init", layer)
-                bound = 1 / math.sqrt(view.shape[1])
+        for name, layer in self.layers.items():
+            if index in layer.hit:
+                ranks = layer.size.rank(spec.lora_rank)
+                view = self.store.A_4SRI[name][WEIGHT, index][..., :ranks, :]
+                bound = 1 / math.sqrt(view.shape[-1])
                 values = torch.empty(view.shape, dtype=view.dtype)
-                generator = torch.Generator().manual_seed(seed)
+                generator = torch.Generator().manual_seed(derived_seed(spec.seed, "init", name))
                 view.copy_(values.uniform_(-bound, bound, generator=generator))
 
 
@@ -263,12 +281,31 @@ PEFT_PREFIX = "base_model.model."
 def adapter_views(
     store: AdapterStore, kind: int, slot: int, lora_rank: int, layers: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """A slot's numbers of a kind under PEFT's names: A [R, I] and B [O, R] of each layer."""
+    """A slot's numbers of a kind under PEFT's names: A [R, I] and B [O, R] of each layer; of experts A
+    [E, R, I] and B [E, R, O], which `experts.to_peft` brings into PEFT's order."""
     views: dict[str, torch.Tensor] = {}
-    for name in layers:
-        views[f"{PEFT_PREFIX}{name}.lora_A.weight"] = store.A_4SRI[name][kind, slot, :lora_rank]
-        views[f"{PEFT_PREFIX}{name}.lora_B.weight"] = store.B_4SRO[name][kind, slot, :lora_rank].T
+    for name, prefix in peft_prefixes(layers).items():
+        size = store.features[name]
+        rank = size.rank(lora_rank)
+        B = store.B_4SRO[name][kind, slot][..., :rank, :]
+        views[f"{prefix}.lora_A.weight"] = store.A_4SRI[name][kind, slot][..., :rank, :]
+        views[f"{prefix}.lora_B.weight"] = B if size.num_experts else B.T
     return views
+
+
+def peft_prefixes(layers: Iterable[str]) -> dict[str, str]:
+    """Layer -> the name under which PEFT keeps its A and B. PEFT wraps fused parameters of a module one in
+    the other: the first is the inner one."""
+    found, names = {}, set(layers)
+    for name in sorted(names):
+        module, _, parameter = name.rpartition(".")
+        outer = f"{module}.{PARAMETERS[1]}"
+        if parameter in PARAMETERS and module.endswith(EXPERTS):
+            inner = ".base_layer" if parameter == PARAMETERS[0] and outer in names else ""
+            found[name] = f"{PEFT_PREFIX}{module}{inner}"
+        else:
+            found[name] = f"{PEFT_PREFIX}{name}"
+    return found
 
 
 def inject(model: PreTrainedModel, specs: Sequence[AdapterSpec]) -> Pack:
@@ -277,63 +314,88 @@ def inject(model: PreTrainedModel, specs: Sequence[AdapterSpec]) -> Pack:
     Raises:
         ValueError: as `Pack.enter`; nothing is injected.
     """
-    names = set().union(*(matching_layers(model, spec.linears) for spec in specs))
+    names = {name for spec in specs for name in matching_layers(model, spec.linears)}
     pack = Pack(model)
     pack.reserve(len(specs), max(spec.lora_rank for spec in specs), names)
     pack.activate([pack.enter(spec) for spec in specs])
     return pack
 
 
-def matching_layers(model: nn.Module, linears: Iterable[LinearShape]) -> set[str]:
-    """Full names of the modules that a target's LinearShapes mean, checked one by one.
+EXPERTS = ".experts"
+
+
+def matching_layers(model: nn.Module, linears: Iterable[LinearShape]) -> dict[str, LayerSize]:
+    """Full name -> size of the modules, and of the experts' parameters, that a target's LinearShapes mean,
+    checked one by one.
 
     Raises:
-        ValueError: a wrong number of layers, a wrong size, or fused experts.
+        ValueError: a wrong number of layers, a wrong size, or experts of another kind.
     """
     modules = {name.removesuffix(".base"): module for name, module in model.named_modules()}
-    found: set[str] = set()
+    active = num_active_experts(model)
+    found: dict[str, LayerSize] = {}
     for linear in linears:
-        if linear.component == "experts":
-            raise ValueError(
-                f"target 'experts' ({linear.name}): fused 3-D experts cannot be trained by this version; "
-                "set target to attn, mlp and/or unembed"
-            )
-        names = [
-            n
-            for n in modules
-            if (n == linear.name or n.endswith("." + linear.name)) and is_text_module(n)
-        ]
-        _check_matches(linear, names, modules)
-        found.update(names)
+        sizes = (
+            _expert_sizes(modules, linear.name, active)
+            if linear.component == "experts"
+            else {n: layer_size(m) for n, m in modules.items() if _is_named(n, linear.name)}
+        )
+        _check_matches(linear, sizes)
+        found |= sizes
     return found
 
 
-def _check_matches(linear: LinearShape, names: list[str], modules: dict[str, nn.Module]) -> None:
-    if len(names) != linear.count:
+def _is_named(name: str, suffix: str) -> bool:
+    return f".{name}".endswith(f".{suffix}") and is_text_module(name)
+
+
+def _expert_sizes(
+    modules: dict[str, nn.Module], suffix: str, num_active: int
+) -> dict[str, LayerSize]:
+    module_suffix, _, parameter = suffix.rpartition(".")
+    return {
+        f"{name}.{parameter}": expert_size(module, parameter, num_active)
+        for name, module in modules.items()
+        if _is_named(name, module_suffix) and is_experts(module)
+    }
+
+
+def _check_matches(linear: LinearShape, sizes: dict[str, LayerSize]) -> None:
+    count = sum(max(1, size.num_experts) for size in sizes.values())
+    if count != linear.count:
+        what = "experts" if linear.component == "experts" else "layers"
         raise ValueError(
-            f"target {linear.name!r} must match {linear.count} layers of the model, matched {len(names)}"
-            f"{': ' + names[0] if names else ''}"
+            f"target {linear.name!r} must match {linear.count} {what} of the model, matched {count}"
+            f"{': ' + next(iter(sizes)) if sizes else ''}"
         )
     expected = (linear.in_features, linear.out_features)
-    for name in names:
-        if (got := layer_features(modules[name])) != expected:
+    for name, size in sizes.items():
+        if (size.num_in, size.num_out) != expected:
             raise ValueError(
-                f"layer {name} must be {expected[0]} -> {expected[1]}, is {got[0]} -> {got[1]}"
+                f"layer {name} must be {expected[0]} -> {expected[1]}, is {size.num_in} -> {size.num_out}"
             )
 
 
-def layer_features(layer: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a Linear, Linear4bit or Conv1D, adapted or not.
+def module_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module of a layer, and which of its parameters is meant; "" for the module itself."""
+    module, _, parameter = name.rpartition(".")
+    if parameter in PARAMETERS and module.endswith(EXPERTS):
+        return model.get_submodule(module), parameter
+    return model.get_submodule(name), ""
+
+
+def layer_size(layer: nn.Module) -> LayerSize:
+    """The features of a Linear, Linear4bit or Conv1D, adapted or not.
 
     Raises:
         ValueError: another kind of module.
     """
     if isinstance(layer, AdaptedLayer):
-        return layer_features(layer.base)
+        return layer.size
     if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
+        return LayerSize(layer.in_features, layer.out_features)
     if isinstance(layer, Conv1D):
-        return layer.nx, layer.nf
+        return LayerSize(layer.nx, layer.nf)
     raise ValueError(
         f"a LoRA needs a Linear, Linear4bit or Conv1D layer, got {type(layer).__name__}"
     )

@@ -9,13 +9,16 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from trainers.adapters import AdaptedLayer, AdapterSpec, Pack
+from trainers.experts import from_peft, peft_shape, to_peft
 from trainers.gate import (
     ADAPTER_FILE,
     MODEL_FILE,
     GateError,
+    Shapes,
     check_saved,
     check_shapes,
     modules_ending_in,
+    rank_pattern,
 )
 from trainers.loop import Run
 from trainers.paths import existing_folder, read_json, replace_folder, temporary_folder, write_json
@@ -64,8 +67,8 @@ def save_weights(
     Raises:
         GateError: what was written is not what was trained.
     """
-    tensors = {name: p.detach().contiguous() for name, p in run.slot.parameters.items()}
     if run.slot.spec is None:
+        tensors = {name: p.detach().contiguous() for name, p in run.slot.parameters.items()}
         # Not save_pretrained: it writes nothing on a worker that is not rank 0 of its Train run, and such
         # a worker can be a group of its own.
         save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
@@ -73,6 +76,7 @@ def save_weights(
         if pack.model.can_generate() and pack.model.generation_config is not None:
             pack.model.generation_config.save_pretrained(folder)
     else:
+        tensors = {name: to_peft(name, view) for name, view in run.slot.parameters.items()}
         save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
         lora_config(pack, run.slot.spec, base_name, revision).save_pretrained(str(folder))
     check_saved(folder, pack, run)
@@ -98,26 +102,30 @@ def load_checkpoint(run: Run, folder: Path) -> bool:
         return False
     moments = _moments(run)
     file = found / (MODEL_FILE if run.slot.spec is None else ADAPTER_FILE)
-    weights = _whole(file, run.slot.parameters, "weights of the trial")
-    saved_moments = _whole(found / OPTIMIZER_FILE, moments, "moments of its optimizer")
+    shapes = {name: tuple(view.shape) for name, view in run.slot.parameters.items()}
+    if run.slot.spec is not None:
+        shapes = {name: peft_shape(name, view.shape) for name, view in run.slot.parameters.items()}
+    weights = _whole(file, shapes, "weights of the trial")
+    saved_moments = _whole(found / OPTIMIZER_FILE, _shapes(moments), "moments of its optimizer")
     state = read_json(found / STATE_FILE)
     if missing := [name for name in run.COUNTERS if name not in state]:
         raise GateError(f"{found / STATE_FILE}: must hold {', '.join(missing)}, does not; {AGAIN}")
     with torch.no_grad():
         for name, parameter in run.slot.parameters.items():
-            parameter.copy_(weights[name])
+            is_adapter, saved = run.slot.spec is not None, weights[name]
+            parameter.copy_(from_peft(name, saved, parameter.shape) if is_adapter else saved)
         for name, moment in moments.items():
             moment.copy_(saved_moments[name])
     run.restore(state)
     return True
 
 
-def _whole(path: Path, tensors: Mapping[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:
+def _whole(path: Path, shapes: Shapes, what: str) -> dict[str, torch.Tensor]:
     try:
-        check_shapes(path, _shapes(tensors), what)
+        check_shapes(path, shapes, what)
     except GateError as error:
         raise GateError(
-            f"{path.parent}: must hold all {len(tensors)} {what}; {error}; {AGAIN}"
+            f"{path.parent}: must hold all {len(shapes)} {what}; {error}; {AGAIN}"
         ) from error
     return load_file(path)
 
@@ -144,6 +152,8 @@ def lora_config(pack: Pack, spec: AdapterSpec, base_name: str, revision: str | N
     """The PEFT config that rebuilds this adapter on the same base."""
     slot = next(index for index, one in pack.slots.items() if one.spec is spec)
     layers = {name: layer for name, layer in pack.layers.items() if slot in layer.hit}
+    dense = {n: layer for n, layer in layers.items() if isinstance(layer, AdaptedLayer)}
+    patterns = rank_pattern({name: layer.size for name, layer in layers.items()}, spec)
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
@@ -151,8 +161,11 @@ def lora_config(pack: Pack, spec: AdapterSpec, base_name: str, revision: str | N
         r=spec.lora_rank,
         lora_alpha=spec.lora_alpha,  # pyright: ignore[reportArgumentType]  # PEFT takes any number
         lora_dropout=spec.dropout,
-        target_modules=sorted(_target_names(pack, spec, layers)),
-        fan_in_fan_out=any(type(layer.base).__name__ == "Conv1D" for layer in layers.values()),
+        # An empty list, not None, for which PEFT has a choice of its own.
+        target_modules=sorted(_target_names(pack, spec, dense)) if dense else [],
+        target_parameters=sorted(patterns, reverse=True) or None,
+        rank_pattern=patterns,
+        fan_in_fan_out=any(type(layer.base).__name__ == "Conv1D" for layer in dense.values()),
         inference_mode=True,
     )
 
@@ -160,7 +173,7 @@ def lora_config(pack: Pack, spec: AdapterSpec, base_name: str, revision: str | N
 def _target_names(pack: Pack, spec: AdapterSpec, layers: dict[str, AdaptedLayer]) -> set[str]:
     """Suffixes where they mean exactly our layers, else full names (a suffix such as q_proj would
     reach into the vision tower of a multimodal model)."""
-    suffixes = {linear.name for linear in spec.linears}
+    suffixes = {linear.name for linear in spec.linears if linear.component != "experts"}
     return suffixes if modules_ending_in(pack.model, suffixes) == set(layers) else set(layers)
 
 

@@ -17,8 +17,10 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from trainers.adapters import PEFT_PREFIX, AdapterSpec, Pack, Slot, layer_features, matching_layers
+from trainers.adapters import PEFT_PREFIX, AdapterSpec, Pack, Slot, matching_layers, peft_prefixes
+from trainers.experts import PARAMETERS, is_experts, to_peft
 from trainers.loop import Run, Trainer
+from trainers.store import LayerSize
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MODEL_FILE = "model.safetensors"
@@ -57,10 +59,12 @@ def adapter_shapes(model: nn.Module, spec: AdapterSpec) -> dict[str, tuple[int, 
     """PEFT's names and shapes of all tensors that an adapter must have: of every layer of the model that
     its target means, whatever the pack holds."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in sorted(matching_layers(model, spec.linears)):
-        num_in, num_out = layer_features(model.get_submodule(name))
-        shapes[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (spec.lora_rank, num_in)
-        shapes[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (num_out, spec.lora_rank)
+    sizes = matching_layers(model, spec.linears)
+    for name, prefix in peft_prefixes(sizes).items():
+        size = sizes[name]
+        ranks = size.rank(spec.lora_rank) * max(1, size.num_experts)
+        shapes[f"{prefix}.lora_A.weight"] = (ranks, size.num_in)
+        shapes[f"{prefix}.lora_B.weight"] = (size.num_out, ranks)
     return shapes
 
 
@@ -131,7 +135,7 @@ def _check_file(path: Path, shapes: Shapes, slot: Slot, meaning: str) -> None:
                 raise GateError(
                     f"{path.name}: {name} is saved, but nothing of that name is trained"
                 )
-            saved = file.get_tensor(name).to(live.device)
+            saved, live = file.get_tensor(name).to(live.device), to_peft(name, live)
             if not bool(torch.isfinite(saved).all()):
                 raise GateError(f"{path.name}: {name} holds a number that is not finite")
             if saved.dtype != live.dtype or not torch.equal(saved, live):
@@ -171,12 +175,13 @@ def check_adapter_config(folder: Path, model: nn.Module, spec: AdapterSpec) -> N
         raise GateError(f"{path.name}: PEFT cannot read it: {error}") from error
     if not isinstance(config, LoraConfig):
         raise GateError(f"{path.name}: must be of a LoRA, is a {type(config).__name__}")
+    sizes = matching_layers(model, spec.linears)
     must = {"r": spec.lora_rank, "lora_alpha": spec.lora_alpha, "use_rslora": False}
-    must |= {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    must |= {"use_dora": False, "rank_pattern": rank_pattern(sizes, spec), "alpha_pattern": {}}
     for key, value in must.items():
         if (got := getattr(config, key)) != value:
             raise GateError(f"{path.name}: {key} must be {value!r}, is {got!r}")
-    wanted, reached = matching_layers(model, spec.linears), reached_layers(model, config)
+    wanted, reached = set(sizes), reached_layers(model, config)
     if wanted != reached:
         first = sorted(wanted ^ reached)[0]
         raise GateError(
@@ -188,7 +193,8 @@ def check_adapter_config(folder: Path, model: nn.Module, spec: AdapterSpec) -> N
 def reached_layers(model: nn.Module, config: LoraConfig) -> set[str]:
     """Full names of the modules that PEFT would adapt."""
     targets = config.target_modules or ()
-    return modules_ending_in(model, [targets] if isinstance(targets, str) else targets)
+    modules = modules_ending_in(model, [targets] if isinstance(targets, str) else targets)
+    return modules | parameters_ending_in(model, config.target_parameters or ())
 
 
 def modules_ending_in(model: nn.Module, suffixes: Iterable[str]) -> set[str]:
@@ -196,6 +202,31 @@ def modules_ending_in(model: nn.Module, suffixes: Iterable[str]) -> set[str]:
     names = {name.removesuffix(".base") for name, _ in model.named_modules()}
     ends = tuple(f".{suffix}" for suffix in suffixes)
     return {name for name in names if f".{name}".endswith(ends)}
+
+
+def parameters_ending_in(model: nn.Module, suffixes: Iterable[str]) -> set[str]:
+    """Full names of the fused parameters that PEFT finds by names."""
+    names = {
+        f"{name.removesuffix('.base')}.{parameter}"
+        for name, module in model.named_modules()
+        if is_experts(module)
+        for parameter in PARAMETERS
+    }
+    return {name for name in names if f".{name}".endswith(tuple(f".{s}" for s in suffixes))}
+
+
+def rank_pattern(sizes: Mapping[str, LayerSize], spec: AdapterSpec) -> dict[str, int]:
+    """PEFT's rank_pattern of an adapter: the rank of each expert, where it has any."""
+    return {
+        parameter_suffix(name): size.rank(spec.lora_rank)
+        for name, size in sizes.items()
+        if size.num_experts
+    }
+
+
+def parameter_suffix(name: str) -> str:
+    """experts.gate_up_proj of a fused parameter's full name."""
+    return ".".join(name.split(".")[-2:])
 
 
 class Probe:

@@ -30,7 +30,7 @@ def measure_max_tokens(
     Args:
         row_tokens: length of the rows to measure with (of the data's longest rows).
     """
-    target = shape.resolve_target(("attn", "mlp"))
+    target = [linear for linear in shape.linears if linear.component != "unembed"]
     spec = AdapterSpec(lora_rank=lora_rank, lora_alpha=lora_rank, linears=tuple(target))
     slot = pack.enter(spec)
     try:

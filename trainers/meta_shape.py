@@ -9,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from search_spaces.architecture import LinearShape, ModelShape, UnknownArchitectureError
-from trainers.adapters import layer_features
+from trainers.adapters import layer_size
 from trainers.base_model import meta_model
 
 ATTENTION_WORDS, MLP_WORDS = ("attn", "attention"), ("mlp", "ffn", "feed_forward", "fc1", "fc2")
@@ -72,7 +72,8 @@ def _linears(model: PreTrainedModel) -> list[LinearShape]:
         if isinstance(module, nn.Linear | Conv1D):
             component = "unembed" if module is head else _component(name)
             if component:
-                counts[(_suffix(name), *layer_features(module), component)] += 1
+                size = layer_size(module)
+                counts[(_suffix(name), size.num_in, size.num_out, component)] += 1
     return [
         LinearShape(name=n, in_features=i, out_features=o, component=c, count=count)
         for (n, i, o, c), count in counts.items()

@@ -1,6 +1,7 @@
 """The memory of a pack's adapters: weights, gradients and AdamW moments of all slots in one tensor.
 
-Shape legend: S slots, R largest lora_rank, I/O a layer's in/out features, P = sum of R (I + O).
+Shape legend: S slots, R largest lora_rank, I/O a layer's in/out features, E experts of a layer, P = sum of
+R (I + O). The matrices of E experts lie together, [S, E, R, I], at their own, smaller rank.
 
 A slot's weights are one row of P numbers, so its optimizer step, its gradient norm and its all-reduce
 are one call each; a layer's A and B of all slots are strided views of the same memory, so a batched
@@ -8,15 +9,38 @@ product needs no copying. Adapters of lower rank leave the rest of their rows at
 meets a zero row of B, adds nothing, and gets a zero gradient.
 """
 
+import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
+
+from search_spaces.doctrine import expert_rank
 
 WEIGHT, GRAD, EXP_AVG, EXP_AVG_SQ = range(4)
 """What a row holds: first index of the memory."""
 
-Features = tuple[int, int]
-"""(in_features, out_features) of a layer."""
+
+class LayerSize(NamedTuple):
+    """A layer's features; of fused experts with their number and that of those that a token passes."""
+
+    num_in: int
+    num_out: int
+    num_experts: int = 0
+    num_active: int = 0
+
+    def rank(self, lora_rank: int) -> int:
+        """The rank that an adapter of a nominal rank has here."""
+        return expert_rank(lora_rank, self.num_active) if self.num_experts else lora_rank
+
+    def num_params(self, lora_rank: int) -> int:
+        """Of an adapter of a nominal rank."""
+        return self.rank(lora_rank) * (self.num_in + self.num_out) * max(1, self.num_experts)
+
+    def shape(self, lora_rank: int, features: int) -> tuple[int, ...]:
+        """Of A (or B transposed) of one adapter: [R, I], of experts [E, R, I]."""
+        experts = (self.num_experts,) if self.num_experts else ()
+        return (*experts, self.rank(lora_rank), features)
 
 
 class AdapterStore:
@@ -24,13 +48,13 @@ class AdapterStore:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
-        self.features: dict[str, Features] = {}
+        self.features: dict[str, LayerSize] = {}
         self.num_slots = self.max_rank = 0
         self.memory_4SP = torch.zeros(4, 0, 0, dtype=dtype, device=device)
         self.A_4SRI: dict[str, torch.Tensor] = {}
         self.B_4SRO: dict[str, torch.Tensor] = {}
 
-    def reserve(self, num_slots: int, max_rank: int, features: Mapping[str, Features]) -> bool:
+    def reserve(self, num_slots: int, max_rank: int, features: Mapping[str, LayerSize]) -> bool:
         """Makes room for slots, ranks and layers, keeping what is there. True: the memory moved and
         every view of it must be taken again."""
         layers = dict(sorted((self.features | dict(features)).items()))
@@ -38,24 +62,25 @@ class AdapterStore:
         if wanted == (self.num_slots, self.max_rank, self.features):
             return False
         old_A, old_B = dict(self.A_4SRI), dict(self.B_4SRO)
-        slots, ranks = self.num_slots, self.max_rank
+        slots = self.num_slots
         self.num_slots, self.max_rank, self.features = wanted
         self._lay_out()
         for name in old_A:
-            self.A_4SRI[name][:, :slots, :ranks] = old_A[name]
-            self.B_4SRO[name][:, :slots, :ranks] = old_B[name]
+            ranks = old_A[name].shape[-2]
+            self.A_4SRI[name][:, :slots, ..., :ranks, :] = old_A[name]
+            self.B_4SRO[name][:, :slots, ..., :ranks, :] = old_B[name]
         return True
 
     def _lay_out(self) -> None:
-        per_rank = sum(i + o for i, o in self.features.values())
-        shape = (4, self.num_slots, self.max_rank * per_rank)
-        self.memory_4SP = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        offset = 0
-        for name, sizes in self.features.items():
-            for views, size in zip((self.A_4SRI, self.B_4SRO), sizes, strict=True):
-                part = self.memory_4SP[:, :, offset : offset + self.max_rank * size]
-                views[name] = part.view(4, self.num_slots, self.max_rank, size)
-                offset += self.max_rank * size
+        count = sum(size.num_params(self.max_rank) for size in self.features.values())
+        memory = torch.zeros(4, self.num_slots, count, dtype=self.dtype, device=self.device)
+        self.memory_4SP, offset = memory, 0
+        for name, size in self.features.items():
+            for views, width in ((self.A_4SRI, size.num_in), (self.B_4SRO, size.num_out)):
+                shape = size.shape(self.max_rank, width)
+                part = memory[:, :, offset : offset + math.prod(shape)]
+                views[name] = part.view(4, self.num_slots, *shape)
+                offset += math.prod(shape)
 
     def row(self, kind: int, slot: int) -> torch.Tensor:
         """All numbers of a kind of one slot, contiguous, [P]."""
@@ -66,6 +91,6 @@ class AdapterStore:
         self.memory_4SP[:, slot].zero_()
 
     @staticmethod
-    def bytes_per_slot(lora_rank: int, features: Mapping[str, Features], item_bytes: int) -> int:
+    def bytes_per_slot(lora_rank: int, features: Mapping[str, LayerSize], item_bytes: int) -> int:
         """Bytes of one slot: weights, gradients and two moments."""
-        return 4 * item_bytes * lora_rank * sum(i + o for i, o in features.values())
+        return 4 * item_bytes * sum(size.num_params(lora_rank) for size in features.values())

@@ -148,7 +148,7 @@ def test_inject_fresh_adapter_leaves_the_logits_as_they_are():
                 component="experts",
                 count=8,
             ),
-            "fused 3-D experts",
+            "match 8 experts of the model, matched 0",
         ),
     ],
 )

@@ -31,7 +31,7 @@ from search_spaces.architecture import ModelShape
 from trainers import comm, head
 from trainers.base_model import load_base
 from trainers.base_spec import BaseSpec
-from trainers.store import AdapterStore
+from trainers.store import AdapterStore, LayerSize
 
 CPU = torch.device("cpu")
 MODELS = Path(__file__).resolve().parents[3] / "shared" / "models"
@@ -193,7 +193,7 @@ def test_fused_experts_stay_at_two_bytes_as_a_loaded_mixtral_has_them(tmp_path):
 def test_adapter_bytes_are_those_of_the_store():
     shape = ModelShape.from_config(llama().to_dict())
     features = {
-        f"{linear.name}.{k}": (linear.in_features, linear.out_features)
+        f"{linear.name}.{k}": LayerSize(linear.in_features, linear.out_features)
         for linear in shape.resolve_target("attn+mlp+unembed")
         for k in range(linear.count)
     }

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from trainers.store import EXP_AVG, EXP_AVG_SQ, GRAD, WEIGHT, AdapterStore
+from trainers.store import EXP_AVG, EXP_AVG_SQ, GRAD, WEIGHT, AdapterStore, LayerSize
 
 KINDS = (WEIGHT, GRAD, EXP_AVG, EXP_AVG_SQ)
-FEATURES = {"up": (3, 5), "down": (5, 3)}
+FEATURES = {"up": LayerSize(3, 5), "down": LayerSize(5, 3)}
 
 
 def store(num_slots=2, max_rank=2, features=FEATURES) -> AdapterStore:
@@ -29,8 +29,8 @@ def fill(one: AdapterStore) -> dict[str, torch.Tensor]:
     [
         (5, 2, {}),
         (2, 7, {}),
-        (2, 2, {"again": (4, 4)}),
-        (3, 3, {"a first in order": (2, 9), "up": (3, 5)}),
+        (2, 2, {"again": LayerSize(4, 4)}),
+        (3, 3, {"a first in order": LayerSize(2, 9), "up": LayerSize(3, 5)}),
     ],
     ids=["slots", "rank", "layer", "everything"],
 )
@@ -46,7 +46,7 @@ def test_reserve_more_keeps_weights_gradients_and_moments(num_slots, max_rank, f
     assert one.memory_4SP.sum() == 256 * 257 / 2
 
 
-@pytest.mark.parametrize("wanted", [(2, 2, FEATURES), (1, 1, {}), (0, 0, {"up": (3, 5)})])
+@pytest.mark.parametrize("wanted", [(2, 2, FEATURES), (1, 1, {}), (0, 0, {"up": LayerSize(3, 5)})])
 def test_reserve_what_is_there_moves_nothing(wanted):
     one = store()
     fill(one)
@@ -58,7 +58,7 @@ def test_reserve_what_is_there_moves_nothing(wanted):
 
 def test_reserve_never_shrinks_one_side_while_another_grows():
     one = store(num_slots=4, max_rank=2)
-    one.reserve(1, 8, {"up": (3, 5)})
+    one.reserve(1, 8, {"up": LayerSize(3, 5)})
     assert (one.num_slots, one.max_rank, set(one.features)) == (4, 8, {"up", "down"})
 
 
