@@ -7,6 +7,7 @@ memory.py's.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,6 +20,8 @@ from search_spaces.architecture import ModelShape
 
 FORWARD_TOKENS = {"cpu": 2048, "gpu": 16384}
 """Tokens of a forward where nothing was measured yet."""
+SEARCHED_PLACES = 1 << 14
+"""More adapters than any sweep puts into a pack: from here on memory is no limit."""
 SPARE_PLACES = 1
 
 
@@ -211,11 +214,16 @@ def _keeps_dequantized(needs: Needs, fit: Fit, workload: Workload, tokens: int) 
 
 
 def _most_places(bytes_of: Callable[[int], int], room_bytes: int | None) -> int | None:
-    """Adapters that fit; one more slot costs as much as the last. At least the one that was measured."""
+    """Adapters that fit, at least the one for which the way was chosen.
+
+    Searched, not extrapolated: a slot more can take bytes away, where the rows of a forward divide worse.
+    """
     if room_bytes is None:
         return None
-    each = bytes_of(3) - bytes_of(2)
-    return max(1, 2 + (room_bytes - bytes_of(2)) // each)
+    too_many = 2
+    while too_many < SEARCHED_PLACES and bytes_of(too_many) <= room_bytes:
+        too_many *= 2
+    return max(1, bisect_right(range(1, too_many), room_bytes, key=bytes_of))
 
 
 def _how(way: Way, measured: bool) -> str:

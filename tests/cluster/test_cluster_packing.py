@@ -69,6 +69,17 @@ def test_pack_plan_memory_cuts_the_places_at_the_byte(spare, places):
     assert packs.needed_bytes == BASE + places * ADAPTER + 1024 * TOKEN
 
 
+def test_pack_plan_memory_that_a_slot_more_takes_less_of_holds_what_it_holds():
+    def uneven(way: Way, workload: Workload, *, num_slots: int, tokens: int) -> int:
+        # Three slots hold 15 of 16 rows: fewer bytes than two, whose adapters are small.
+        rows = tokens // 64 // num_slots * num_slots
+        return BASE + num_slots * 100 + rows * 64 * TOKEN
+
+    room = BASE + 1024 * TOKEN + 500
+    options = {"max_groups": 1, "max_tokens": 1024, "tokens_per_row": 64.0, "measured": True}
+    assert pack_plan(uneven, WORK, gpus(room=room), Asked(), **options).places == 5
+
+
 @pytest.mark.parametrize(("spare", "kept"), [(-1, False), (0, True), (1, True)])
 def test_pack_plan_keeps_dequantized_where_two_adapters_fit_beside_it(spare, kept):
     packs = plan(DEQUANTIZED + 2 * ADAPTER + 1024 * TOKEN + spare)
