@@ -91,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     resume.add_argument("run_folder", help="runs/NAME, or a URL")
     resume.add_argument("--address", help="a running Ray cluster (default: as the sweep began)")
     resume.set_defaults(run=_resume)
+    _add_export(verbs)
     _add_study(verbs)
     text = "a Ray, KubeRay or Slurm manifest of the size that the plan asks for"
     cluster = verbs.add_parser("cluster", help=text, description=text, epilog=EXIT_CODES)
@@ -112,6 +113,21 @@ def _add_plan_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--price", type=float, metavar="P", help="of a GPU-hour: the plan names a price"
     )
+
+
+def _add_export(verbs: Any) -> None:
+    text = "the best trial's adapter as a portable PEFT folder, or merged into its base"
+    verb = verbs.add_parser("export", help=text, description=text, epilog=EXIT_CODES)
+    verb.add_argument("run_folder", help="runs/NAME, or a URL")
+    verb.add_argument("--trial", metavar="T", help="another trial than the best")
+    verb.add_argument("--merge", action="store_true", help="plain weights, which need no PEFT")
+    verb.add_argument(
+        "--for", dest="server", metavar="SERVER", help="vllm: say what it would refuse"
+    )
+    verb.add_argument(
+        "-o", "--output", type=Path, help="a new folder (default: runs/NAME/export/...)"
+    )
+    verb.set_defaults(run=_export)
 
 
 def _add_study(verbs: Any) -> None:
@@ -253,6 +269,20 @@ def _resume(args: argparse.Namespace) -> int:
             f"{args.run_folder}: is a study, which goes on with its command: {command}"
         )
     return resume_sweep(args.run_folder, args.address)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from orchestration.export import export
+
+    lines = export(
+        args.run_folder,
+        trial=args.trial,
+        output=args.output,
+        merge=args.merge,
+        server=args.server,
+    )
+    print("\n".join(lines))
+    return 0
 
 
 def _study(args: argparse.Namespace) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 from cluster.inventory import Inventory, local_inventory, smallest_gpu_bytes
 from orchestration.results import TrialRecord, best_trial, read_trials
 from orchestration.runtime_env import worker_environment
+from orchestration.serving import ADAPTER_CONFIG, portable_config
 from trainers.mirror import fetch_folder
-from trainers.paths import RunPaths, replace_folder, temporary_folder
+from trainers.paths import RunPaths, read_json, replace_folder, temporary_folder, write_json
 
 # Every report of a worker waits for its controller's next poll: 2 s by default.
 HEALTH_CHECK_INTERVAL_S = "0.2"
@@ -196,6 +197,9 @@ def finish(
         own = {path.name: path for path in run.trial(best.name).best.iterdir()}
         for name, path in (own | dict(extra_files)).items():
             shutil.copy2(path, folder / name)
+        write_json(
+            folder / ADAPTER_CONFIG, portable_config(folder, read_json(run.resolved)["config"])
+        )
         replace_folder(folder, run.best)
     return records, best
 

@@ -87,6 +87,11 @@ class AdaptedLayer(nn.Module):
         """The frozen layer's weight: model code reads it here and there."""
         return self.base.weight  # pyright: ignore[reportReturnType]
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight is [I, O], as Conv1D has it."""
+        return isinstance(self.base, Conv1D)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         segments = self.ctx.segments
         if segments is None or self.hit.isdisjoint(segments.slots):
@@ -211,7 +216,7 @@ class Pack:
             module = AdaptedExperts(module, self.ctx)
             self.model.set_submodule(name.removesuffix(f".{parameter}"), module)
         size = expert_size(module.base, parameter, num_active_experts(self.model))
-        site = module.sites[parameter] = ExpertMatrix(name, size, set(), {})
+        site = module.sites[parameter] = ExpertMatrix(module.base, parameter, size)
         return site
 
     def activate(self, slots: Sequence[int], dropout: DropoutTokens | None = None) -> None:

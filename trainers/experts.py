@@ -7,7 +7,7 @@ On disk they are what PEFT calls `target_parameters`, with its rank per expert s
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -33,12 +33,23 @@ class ExpertMatrix:
     """One fused parameter with the low-rank products of the slots that target it; in a pack's `layers`
     under the parameter's full name, beside the adapted Linear layers."""
 
-    layer_name: str
+    base: Any
+    """The frozen experts."""
+    parameter: str
     size: LayerSize
-    hit: set[int]
-    dropout_keys: dict[int, int]
+    hit: set[int] = field(default_factory=set)
+    dropout_keys: dict[int, int] = field(default_factory=dict)
     matrices: Matrices | None = None
     dropout_keys_S: torch.Tensor | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The frozen parameter, [E, O, I] or (`is_transposed`) [E, I, O]."""
+        return getattr(self.base, self.parameter)
+
+    @property
+    def is_transposed(self) -> bool:
+        return bool(self.base.is_transposed)
 
     def added(
         self, out: torch.Tensor, x: torch.Tensor, expert: int, segments: Segments

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate
 from search_spaces.capacity import validate_capacity
 from trainers.adapters import AdapterSpec, Pack
@@ -110,6 +111,17 @@ def _fetch(paths: TrialPaths) -> None:
     fetch_folder(paths.checkpoint)
 
 
+def adapter_of(candidate: Candidate, shape: ModelShape) -> AdapterSpec:
+    """The adapter that a candidate asks for on a base of a shape."""
+    return AdapterSpec(
+        lora_rank=candidate.lora_rank,
+        lora_alpha=candidate.lora_alpha,
+        linears=tuple(shape.resolve_target(candidate.target)),
+        dropout=candidate.dropout,
+        seed=candidate.seed,
+    )
+
+
 class Station:
     """A loaded base with its data: what trials that share them train on, alone or in a pack."""
 
@@ -197,7 +209,7 @@ class Station:
                 whole, of another trial or of another base.
         """
         torch.manual_seed(spec.candidate.seed)
-        slot = 0 if self.full_finetune else self.pack.enter(self._adapter(spec.candidate))
+        slot = 0 if self.full_finetune else self.pack.enter(adapter_of(spec.candidate, self.shape))
         run = new_run(self.pack, slot, run_spec(spec))
         paths = TrialPaths(spec.folder)
         try:
@@ -211,15 +223,6 @@ class Station:
         if run.examples >= spec.num_examples and not run.is_due:
             run.status = "finished"
         return run, Recorder(spec, self.probe, paths, report, examples=run.evaluated)
-
-    def _adapter(self, candidate: Candidate) -> AdapterSpec:
-        return AdapterSpec(
-            lora_rank=candidate.lora_rank,
-            lora_alpha=candidate.lora_alpha,
-            linears=tuple(self.shape.resolve_target(candidate.target)),
-            dropout=candidate.dropout,
-            seed=candidate.seed,
-        )
 
     def leave(self, run: Run) -> None:
         """Takes a trial's adapter out of the pack."""

@@ -7,8 +7,8 @@ import transformers
 from transformers import PreTrainedModel
 
 SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
+    "hidden_size": 64,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -20,11 +20,11 @@ SIZES = {
     "initializer_range": 0.2,
 }
 MOE = {"num_experts_per_tok": 2}
-CLASSIC = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
+CLASSIC = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
 CLASSIC |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}
 VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
+    "hidden_size": 64,
+    "intermediate_size": 64,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "image_size": 28,
@@ -56,7 +56,7 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "phi3": _config("Phi3", **SIZES),
     "gpt2": _config(
         "GPT2",
-        n_embd=32,
+        n_embd=64,
         n_layer=2,
         n_head=4,
         vocab_size=256,
@@ -65,11 +65,11 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         eos_token_id=2,
         initializer_range=0.2,
     ),
-    "gpt-neox": _config("GPTNeoX", **CLASSIC, intermediate_size=48, max_position_embeddings=128),
+    "gpt-neox": _config("GPTNeoX", **CLASSIC, intermediate_size=128, max_position_embeddings=128),
     "falcon": _config("Falcon", **CLASSIC, new_decoder_architecture=True, num_kv_heads=2),
     "mpt": _config(
         "Mpt",
-        d_model=32,
+        d_model=64,
         n_layers=2,
         n_heads=4,
         vocab_size=256,
@@ -78,7 +78,7 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     ),
     "mixtral": _config("Mixtral", **SIZES, **MOE, num_local_experts=4),
     "qwen3-moe": _config(
-        "Qwen3Moe", **SIZES, **MOE, head_dim=16, num_experts=4, moe_intermediate_size=24
+        "Qwen3Moe", **SIZES, **MOE, head_dim=16, num_experts=4, moe_intermediate_size=64
     ),
     "gpt-oss": _config(
         "GptOss", **SIZES, **MOE, head_dim=16, num_local_experts=4, sliding_window=16
