@@ -1,10 +1,12 @@
 """plan.json: a plan as `tenfold plan --json` prints it and as the report reads it."""
 
 import math
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
 from orchestration.planning import Plan, epoch_examples
+from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate, trial_name
 from search_spaces.capacity import check_capacity
 from search_spaces.domains import TargetDomain
@@ -32,6 +34,7 @@ def plan_to_dict(plan: Plan, packs: dict[str, Any] | None = None) -> dict[str, A
         "name": plan.name,
         "method": config.method,
         "model": {"name": config.model} | {name: getattr(shape, name) for name in names},
+        "coverage": [coverage(shape, target) for target in plan.space.target.options],
         "data": plan.audit.to_dict() | {"data": config.data} if plan.audit else None,
         "retention": plan.retention,
         "dataset_tokens": plan.dataset_tokens,
@@ -58,6 +61,16 @@ def plan_to_dict(plan: Plan, packs: dict[str, Any] | None = None) -> dict[str, A
         "advised": [_discarded_dict(plan, item) for item in plan.pruned.advised],
         "pitfalls": [asdict(pitfall) for pitfall in plan.pitfalls],
     }
+
+
+def coverage(shape: ModelShape, target: tuple[str, ...]) -> dict[str, Any]:
+    """Which matrices a target adapts, counted by component, and what stays frozen whatever it names."""
+    counts = Counter[str]()
+    for linear in shape.resolve_target(target):
+        counts[linear.component] += linear.count
+    frozen = ["embeddings", "norms", *(["routers"] if shape.num_experts else [])]
+    left = [component for component in shape.components if component not in counts]
+    return {"target": list(target), "matrices": dict(counts), "left_out": left, "frozen": frozen}
 
 
 def _confirmation(plan: Plan) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from orchestration.measured import capacity_sentence
 from orchestration.page import Card, charts, frame, section, table, tiles
 from orchestration.placing import packs_sentence
 from orchestration.results import TrialRecord, best_trial, read_trials
-from orchestration.show import cut_ranks
+from orchestration.show import coverage_lines, cut_ranks
 from orchestration.show_audit import data_text, short_cells
 from trainers.paths import RunPaths, read_json, write_text
 
@@ -57,6 +57,7 @@ def render(
         section(f"Discarded before any trial ({len(plan['discarded'])})", _discarded_table(plan)),
         section("Pitfalls", _pitfalls(plan)),
         section("Capacity", _capacity(plan)),
+        section("Adapted layers", _adapted(plan)),
         section("Data", _data(plan)),
         section("Workers", _workers(packs)),
         section("Where the settings come from", _defaults(plan)),
@@ -101,6 +102,7 @@ def _workers(packs: dict[str, Any] | None) -> str:
         ("device", False),
         ("tokens a forward", True),
         ("base loaded and measured in s", True),
+        ("adapter as counted in the loaded model", False),
     ]
     rows = [
         (
@@ -110,12 +112,25 @@ def _workers(packs: dict[str, Any] | None) -> str:
                 info.get("device") or info["lost"],
                 f"{info.get('max_tokens', 0):,}",
                 f"{info.get('loaded_in_s', 0):.1f}",
+                _counted(info.get("adapter")),
             ],
         )
         for name, info in sorted(packs.get("groups", {}).items())
     ]
     sentence = html.escape(packs_sentence(packs).removeprefix("packs: "))
     return f"<p>{sentence}.</p>{table(headers, rows)}"
+
+
+def _counted(adapter: dict[str, int] | None) -> str:
+    if adapter is None:  # lost before it loaded, a full fine-tuning, or of an earlier version
+        return ""
+    return (
+        f"rank {adapter['lora_rank']}: {adapter['layers']} layers, {adapter['params']:,} parameters"
+    )
+
+
+def _adapted(plan: dict[str, Any]) -> str:
+    return "".join(f"<p>{html.escape(line)}.</p>" for line in coverage_lines(plan))
 
 
 def _short_name(model: str) -> str:

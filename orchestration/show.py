@@ -40,6 +40,7 @@ def show_plan(plan: dict[str, Any]) -> None:
     """The whole plan, candidates grouped as the pruner judged them."""
     parts = (
         _model,
+        coverage_lines,
         _data,
         bits_lines,
         retention_lines,
@@ -61,6 +62,18 @@ def _model(plan: dict[str, Any]) -> list[str]:
         f"{plan['name']}: {model['name']} ({model['model_type']}, {model['num_params']:,} parameters, "
         f"hidden {model['hidden_size']}, {model['num_layers']} layers{experts if model['num_experts'] else ''}), "
         f"{plan['method']}"
+    ]
+
+
+def coverage_lines(plan: dict[str, Any]) -> list[str]:
+    """What each target adapts, and what it leaves alone; of a plan that was written before this was in it,
+    nothing."""
+    return [
+        f"adapts {'+'.join(found['target'])}: "
+        + " + ".join(f"{count:,} {component}" for component, count in found["matrices"].items())
+        + " matrices, each checked in the loaded model; frozen: "
+        + ", ".join([*found["left_out"], *found["frozen"]])
+        for found in plan.get("coverage", ())
     ]
 
 

@@ -17,10 +17,11 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from trainers.adapters import PEFT_PREFIX, AdapterSpec, Pack, Slot, matching_layers, peft_prefixes
+from trainers.adapters import AdapterSpec, Pack, Slot
 from trainers.experts import PARAMETERS, is_experts, to_peft
 from trainers.loop import Run, Trainer
 from trainers.store import LayerSize
+from trainers.targets import PEFT_PREFIX, matching_layers, peft_prefixes
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MODEL_FILE = "model.safetensors"
@@ -135,7 +136,8 @@ def _check_file(path: Path, shapes: Shapes, slot: Slot, meaning: str) -> None:
                 raise GateError(
                     f"{path.name}: {name} is saved, but nothing of that name is trained"
                 )
-            saved, live = file.get_tensor(name).to(live.device), to_peft(name, live)
+            saved = file.get_tensor(name).to(live.device)
+            live = live if slot.spec is None else to_peft(name, live)
             if not bool(torch.isfinite(saved).all()):
                 raise GateError(f"{path.name}: {name} holds a number that is not finite")
             if saved.dtype != live.dtype or not torch.equal(saved, live):

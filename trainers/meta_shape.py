@@ -9,8 +9,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from search_spaces.architecture import LinearShape, ModelShape, UnknownArchitectureError
-from trainers.adapters import layer_size
 from trainers.base_model import meta_model
+from trainers.targets import layer_size
 
 ATTENTION_WORDS, MLP_WORDS = ("attn", "attention"), ("mlp", "ffn", "feed_forward", "fc1", "fc2")
 

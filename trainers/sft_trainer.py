@@ -41,6 +41,7 @@ from trainers.paths import (
 )
 from trainers.recorder import Recorder
 from trainers.speed import measured_once, read_speed
+from trainers.targets import matching_layers
 from trainers.trial_spec import Report, TrialSpec, run_spec
 
 if TYPE_CHECKING:
@@ -187,6 +188,24 @@ class Station:
         found = measure_max_tokens(self.pack, self.shape, lora_rank, row_tokens)
         return found | {"device": device_name(self.model.device)}
 
+    def coverage(self, candidate: Candidate) -> dict[str, Any]:
+        """The matrices that a candidate adapts, counted in the loaded model.
+
+        Raises:
+            ValueError: not those of the plan, to the parameter.
+        """
+        if candidate.full_finetune:
+            return {}
+        sizes = matching_layers(self.model, self.shape.resolve_target(candidate.target))
+        live = sum(size.num_params(candidate.lora_rank) for size in sizes.values())
+        planned = self.shape.lora_params(candidate.lora_rank, candidate.target)
+        if live != planned:
+            raise ValueError(
+                f"target {'+'.join(candidate.target)}: an adapter of rank {candidate.lora_rank} must have "
+                f"{planned:,} parameters as planned, has {live:,} in the loaded model"
+            )
+        return {"adapter": {"layers": len(sizes), "lora_rank": candidate.lora_rank, "params": live}}
+
     def facts(self) -> dict[str, Any]:
         """What a plan of packs wants to know of a loaded base."""
         return {
@@ -209,6 +228,7 @@ class Station:
                 whole, of another trial or of another base.
         """
         torch.manual_seed(spec.candidate.seed)
+        self.coverage(spec.candidate)
         slot = 0 if self.full_finetune else self.pack.enter(adapter_of(spec.candidate, self.shape))
         run = new_run(self.pack, slot, run_spec(spec))
         paths = TrialPaths(spec.folder)

@@ -80,13 +80,14 @@ def _serve(link: "BrokerLink", comm: Comm, warm: TrialSpec, measure: dict[str, A
     server = PackServer(link, comm, Station)
     try:
         server.station = Station(warm, comm)
+        coverage = server.station.coverage(warm.candidate)
         measured = server.station.measure(**measure)
     except Exception as error:  # the boundary: Train would start a group that cannot load for ever
         link.lose(f"{type(error).__name__}: {error}")
         return
     if comm.world_rank == 0:
         seconds = round(time.perf_counter() - began, 1)
-        link.hello(server.station.facts() | measured | {"loaded_in_s": seconds})
+        link.hello(server.station.facts() | coverage | measured | {"loaded_in_s": seconds})
     server.serve()
 
 

@@ -1,6 +1,7 @@
 """`tenfold sweep` for real: local Ray, NF4 on the shipped base. Each starts the command as a user does."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,15 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from orchestration.results import best_trial, read_trials
 from tests.orchestration.sweeps import (
     BASE,
     FUNCTIONS,
     ROOT,
+    ended,
     losses,
     processes_of,
     rows,
+    start,
     statuses,
     sweep,
     told,
@@ -45,6 +50,46 @@ def loss_by_peft(run: Path, rows: TokenizedSet) -> float:
             nats -= log_p.gather(1, ids[1:, None])[:, 0][loss].sum().item()
             tokens += loss.sum().item()
     return nats / tokens
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
+def test_sweep_of_a_mixture_of_experts_trains_them_and_exports(tmp_path):
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "vocab_size": 3072,
+    }
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    config = MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BASE / name, tmp_path / "base" / name)
+    values = {"model": "base", "lora_rank": [4], "learning_rate": [3e-3, 1e-2], "examples": 64}
+    values |= {"seq_len": 128, "capacity_policy": "advisory", "scheduler": "fifo"}
+    run, done = sweep(tmp_path, **values)
+    assert done.returncode == 0, told(done)
+    assert {end["status"] for end in statuses(run).values()} == {"finished"}
+    best = best_trial(read_trials(RunPaths(run)))
+    assert best is not None
+    assert best.best is not None
+    assert best.base_loss is not None
+    assert best.best["eval_loss"] < best.base_loss
+    saved = load_file(run / "best" / "adapter_model.safetensors")
+    experts = [tensor for name, tensor in saved.items() if ".experts." in name]
+    # A and B of two fused parameters in two layers; rank 4 / 2 active experts, 4 experts.
+    assert len(experts) == 8
+    assert {min(tensor.shape) for tensor in experts} == {8}
+    assert all(bool(tensor.any()) for tensor in experts)
+    merged = ended(start(tmp_path, "export", "runs/run", "--merge"))
+    assert merged.returncode == 0, told(merged)
+    assert "13 layers merged" in merged.stdout
+    model = load_base(
+        BaseSpec(model=str(run / "export" / "merged"), quantization="none", dtype="fp32")
+    )
+    assert type(model).__name__ == "MixtralForCausalLM"
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -174,6 +174,40 @@ def test_family_with_experts_goes_on_from_its_checkpoint_in_the_same_numbers(fam
     assert torch.equal(pack.model(input_ids=IDS).logits, tiny_of(family)(input_ids=IDS).logits)
 
 
+LLAMA_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("family", [*MOE_FAMILIES, "phi3", "gpt2", "falcon"])
+def test_family_without_the_layers_of_a_name_list_is_refused_and_not_half_trained(family):
+    # Field cases B01 and B13: elsewhere such a list trains attention alone, or two layers of four.
+    with pytest.raises(ValueError, match=r"target '\w+' matches no layer"):
+        spec_of(tiny_of(family), target=LLAMA_NAMES)
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_family_with_experts_adapts_them_all_and_never_the_router(family):
+    # Field cases B02 (gpt-oss: all-linear trains no expert) and B03 (the router is adapted too).
+    model = tiny_of(family)
+    pack = inject(model, [spec_of(model)])
+    found = {name.partition(".layers.")[2] for name in pack.layers}
+    for layer in ("0", "1"):
+        for parameter in ("gate_up_proj", "down_proj"):
+            assert f"{layer}.mlp.experts.{parameter}" in found
+    assert [name for name in found if "gate." in f"{name}." or "router" in name] == []
+    # The rank of each expert is rank / active, and alpha stays 32: a scale of 32 / 2.
+    site = next(layer for name, layer in pack.layers.items() if name.endswith("down_proj"))
+    assert site.size.rank(4) == 2
+    assert pack.slots[0].spec is not None
+    assert pack.slots[0].spec.scaling(site.size) == 16
+
+
+def test_family_multimodal_adapts_the_language_part_alone():
+    model = tiny_of("gemma3")
+    pack = inject(model, [spec_of(model)])
+    assert [name for name in pack.layers if "vision" in name or "projector" in name] == []
+    assert len([name for name in pack.layers if "language_model" in name]) == 14
+
+
 QUANTIZABLE = [family for family in CONFIGS if family != "falcon"]
 
 
