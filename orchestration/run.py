@@ -28,7 +28,8 @@ from orchestration.run_folder import driving, run_at, run_in, storage_of
 from orchestration.runtime_env import share_cache
 from orchestration.show import cut_ranks
 from trainers.base_fetch import commit_of
-from trainers.mirror import shown
+from trainers.mirror import fetch_all_records, shown
+from trainers.object_store import StoreError
 from trainers.paths import RunPaths, read_json, remove_folder, write_json, write_text
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def _train(plan: Plan, run: RunPaths, console: Console, write_inputs: Any) -> in
         plan = fitted if inventory == found else _fitted(plan, inventory, console)
         plan_packs(plan, inventory)
         as_json = plan_to_dict(plan, shown_packs(plan, None if local else inventory))
-        with driving(run), _removed_if_refused(run):
+        with driving(run), removed_if_refused(run):
             write_inputs(plan, as_json)
             engines.train(plan, inventory, run, _progress(plan, as_json, console))
     finally:
@@ -231,12 +232,15 @@ def _progress(plan: Plan, as_json: dict[str, Any], console: Console) -> Progress
 
 
 @contextmanager
-def _removed_if_refused(run: RunPaths) -> Iterator[None]:
+def removed_if_refused(run: RunPaths) -> Iterator[None]:
     """A new run in which nothing could be trained must not be in the way of the next attempt."""
     is_new = not run.plan.exists()
     try:
         yield
+    except StoreError:
+        raise  # nobody can say what is there
     except ValueError:
+        fetch_all_records(run.root)  # what workers elsewhere wrote
         if is_new and not any(run.trials.glob("*/metrics.jsonl")):
             remove_folder(run.root)
         raise

@@ -15,6 +15,7 @@ from orchestration.serving import vllm_refusals, vllm_remarks
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate, trial_name
 from tests.orchestration.sweeps import BASE
+from tests.trainers.trials import CANDIDATE
 from trainers.adapters import AdapterSpec, inject
 from trainers.base_model import load_base
 from trainers.base_spec import BaseSpec
@@ -25,19 +26,6 @@ from trainers.paths import RunPaths, write_json, write_json_lines
 
 IDS = torch.arange(3, 67).view(2, 32)
 RUN = RunSpec(learning_rate=1e-3, global_batch_size=1, num_examples=1, eval_every=1)
-CANDIDATE = Candidate(
-    learning_rate=1e-3,
-    lora_rank=4,
-    lora_alpha=32.0,
-    global_batch_size=16,
-    target=("attn", "mlp", "unembed"),
-    lr_schedule="constant",
-    warmup=0.0,
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-    dropout=0.0,
-    seed=0,
-)
 
 
 @pytest.fixture

@@ -6,22 +6,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 256,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.2,
-}
+from tests.trainers.tiny import TINY_LLAMA
+
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = TINY_LLAMA | SPECIAL
 MOE = {"num_experts_per_tok": 2}
 CLASSIC = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
-CLASSIC |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}
+CLASSIC |= SPECIAL | {"initializer_range": 0.2}
 VISION = {
     "hidden_size": 64,
     "intermediate_size": 64,
