@@ -28,6 +28,7 @@ from orchestration.run_folder import driving, run_at, run_in, storage_of
 from orchestration.runtime_env import share_cache
 from orchestration.show import cut_ranks
 from trainers.base_fetch import commit_of
+from trainers.base_spec import NOT_QUANTIZED
 from trainers.mirror import fetch_all_records, shown
 from trainers.object_store import StoreError
 from trainers.paths import RunPaths, read_json, remove_folder, write_json, write_text
@@ -155,6 +156,7 @@ def _checked_plan(
     if here is not None:
         max_concurrent_trials(trial_demand(config, here), here)
     plan = make_plan(config, known, planned_for or here)
+    require_quantizable(plan)
     if here is not None:
         plan_packs(plan, here)
     return plan
@@ -262,6 +264,19 @@ def require_supported(config: SweepConfig) -> None:
     if config.method != "sft":
         raise ValueError(
             "method: rl can be planned but not trained by this version; set method: sft"
+        )
+
+
+def require_quantizable(plan: Plan) -> None:
+    """Told before workers load a base for nothing.
+
+    Raises:
+        ValueError: 4-bit loading reaches no layer of such a model.
+    """
+    if plan.config.quantization == "nf4" and plan.shape.model_type in NOT_QUANTIZED:
+        raise ValueError(
+            f"quantization: nf4 reaches no layer of a {plan.shape.model_type} model, whose Linear layers are of "
+            "a class of their own; set quantization: none"
         )
 
 

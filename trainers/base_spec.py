@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Quantization = Literal["nf4", "none"]
+NOT_QUANTIZED = ("falcon",)
+"""Model types of whose layers 4-bit loading reaches none: transformers (seen in 5.24) quantizes modules of exactly
+nn.Linear, and theirs are of a class of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)

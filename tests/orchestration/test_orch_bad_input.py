@@ -11,6 +11,8 @@ import pytest
 
 from orchestration.cli import main
 from orchestration.run import require_new
+from tests.orchestration.sweeps import BASE
+from tests.trainers.families import tiny_of
 from trainers.object_store import ObjectStore
 from trainers.paths import RunPaths, write_text
 
@@ -268,6 +270,17 @@ def test_bad_storage_url_is_refused_before_anything_is_read(
     assert part in line
     assert "never" not in line
     assert not (tmp_path / "cache").exists()
+
+
+def test_bad_nf4_of_a_family_that_it_does_not_reach_is_refused(write_sweep, capsys, tmp_path):
+    folder = tmp_path / "falcon"
+    tiny_of("falcon").save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BASE / name, folder / name)
+    capsys.readouterr()  # what saving a model says
+    (line,) = told("sweep", write_sweep(model=str(folder), capacity_policy="advisory"), capsys)
+    assert "quantization: nf4 reaches no layer of a falcon model" in line
+    assert "set quantization: none" in line
 
 
 def test_bad_run_at_a_url_that_is_there_or_is_not_a_sweep(write_sweep, capsys, bucket, tmp_path):
