@@ -157,6 +157,7 @@ def _checked_plan(
         max_concurrent_trials(trial_demand(config, here), here)
     plan = make_plan(config, known, planned_for or here)
     require_quantizable(plan)
+    require_vocabulary(plan)
     if here is not None:
         plan_packs(plan, here)
     return plan
@@ -264,6 +265,27 @@ def require_supported(config: SweepConfig) -> None:
     if config.method != "sft":
         raise ValueError(
             "method: rl can be planned but not trained by this version; set method: sft"
+        )
+
+
+def require_vocabulary(plan: Plan) -> None:
+    """A token without a row of the embedding is an index error on a CPU and a dead worker on a GPU.
+
+    Raises:
+        ValueError: the tokenizer has such tokens: new ones, which this version does not train.
+    """
+    from trainers.data.tokenizer import load_tokenizer
+
+    assert plan.data_spec is not None
+    vocabulary = load_tokenizer(plan.data_spec.model).encoder.get_vocab(with_added_tokens=True)
+    rows = plan.shape.vocab_size
+    beyond = sorted((number, token) for token, number in vocabulary.items() if number >= rows)
+    if beyond:
+        number, token = beyond[0]
+        raise ValueError(
+            f"model {plan.config.model}: every token must have a row of the embedding, which has {rows:,}; the "
+            f"tokenizer has {len(beyond)} beyond, first {token!r} ({number}); new tokens are not trained by this "
+            "version: resize and train the embedding first, or take them out of tokenizer.json"
         )
 
 

@@ -9,7 +9,7 @@ from orchestration.config import SweepConfig
 from orchestration.exit_codes import INTERRUPTED, NO_RESULT
 from orchestration.models import require_weights
 from orchestration.planning import Plan, make_plan
-from orchestration.run import difference, require_quantizable, require_supported
+from orchestration.run import difference, require_quantizable, require_supported, require_vocabulary
 from orchestration.studies.config import StudyConfig, write_study_yaml
 from orchestration.studies.frame import StudyFacts
 from search_spaces.candidate import Candidate
@@ -28,6 +28,7 @@ def checked_plan(config: SweepConfig) -> Plan:
     require_supported(config)
     plan = make_plan(config)
     require_quantizable(plan)
+    require_vocabulary(plan)
     return plan
 
 

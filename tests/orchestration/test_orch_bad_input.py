@@ -283,6 +283,18 @@ def test_bad_nf4_of_a_family_that_it_does_not_reach_is_refused(write_sweep, caps
     assert "set quantization: none" in line
 
 
+def test_bad_token_without_a_row_of_the_embedding_is_refused(write_sweep, capsys, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(BASE, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    new = {"content": "<|new|>", "single_word": False, "lstrip": False, "rstrip": False}
+    tokenizer["added_tokens"].append({"id": 3072, "normalized": False, "special": True} | new)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (line,) = told("sweep", write_sweep(model=str(folder)), capsys)
+    assert "must have a row of the embedding, which has 3,072" in line
+    assert "the tokenizer has 1 beyond, first '<|new|>' (3072)" in line
+
+
 def test_bad_run_at_a_url_that_is_there_or_is_not_a_sweep(write_sweep, capsys, bucket, tmp_path):
     store = ObjectStore(f"{bucket.url}/runs/mine")
     store.write("plan.json", b"kept")
