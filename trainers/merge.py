@@ -70,6 +70,38 @@ def merge_adapter(base: BaseSpec, spec: AdapterSpec, adapter: Path, folder: Path
         GateError: the merged model does not compute what base and adapter do.
         ValueError: no such base or adapter.
     """
+    written = _write_merged(base, spec, adapter, folder)
+    got = logits_of(_read_back(folder, written.dtype), written.ids)
+    error, tolerance = relative_difference(got, written.expected), TOLERANCES[written.dtype]
+    if not error <= tolerance:
+        raise GateError(
+            f"merged weights must give the logits of base and adapter within {tolerance:g}, they differ by "
+            f"{error:.3g}; keep the adapter apart"
+        )
+    return Merged(
+        num_layers=written.num_layers,
+        logits_error=error,
+        tolerance=tolerance,
+        nf4_error=written.nf4.weights if written.nf4 else None,
+        nf4_logits_error=written.nf4.logits if written.nf4 else None,
+        untied=written.untied,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """A merged model on disk, and what base and adapter gave on the probe tokens."""
+
+    ids: torch.Tensor
+    expected: torch.Tensor
+    dtype: torch.dtype
+    num_layers: int
+    nf4: "_Nf4Error | None"
+    untied: bool
+
+
+def _write_merged(base: BaseSpec, spec: AdapterSpec, adapter: Path, folder: Path) -> _Written:
+    """Apart from what reads it back, so that a large model is not held twice."""
     model, nf4 = _as_trained(base)
     ids = probe_ids(model)
     pack = Pack(model)
@@ -86,19 +118,12 @@ def merge_adapter(base: BaseSpec, spec: AdapterSpec, adapter: Path, folder: Path
         # Saving imports DeepSpeed, which else says on stdout that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    tolerance = TOLERANCES[model.dtype]
-    error = relative_difference(logits_of(_read_back(folder, model), ids), expected)
-    if not error <= tolerance:
-        raise GateError(
-            f"merged weights must give the logits of base and adapter within {tolerance:g}, they differ by "
-            f"{error:.3g}; keep the adapter apart"
-        )
-    return Merged(
+    return _Written(
+        ids=ids,
+        expected=expected,
+        dtype=model.dtype,
         num_layers=num_layers,
-        logits_error=error,
-        tolerance=tolerance,
-        nf4_error=nf4.weights if nf4 else None,
-        nf4_logits_error=nf4.logits if nf4 else None,
+        nf4=nf4,
         untied=untied,
     )
 
@@ -203,8 +228,8 @@ def _add(layer: AdaptedLayer | ExpertMatrix, slot: int, spec: AdapterSpec) -> No
     layer.weight.copy_((layer.weight.to(delta.dtype) + delta).to(layer.weight.dtype))
 
 
-def _read_back(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
+def _read_back(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=like.dtype, trust_remote_code=False, use_safetensors=True
+        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
     )
     return model.eval().requires_grad_(False)

@@ -127,8 +127,15 @@ class ObjectStore:
         if not names:
             return {}
         wanted = {self._path(name): name for name in names}
-        found = self._asked(lambda: self.fs.cat(list(wanted), on_error="omit"))
-        return {wanted[path]: content for path, content in found.items()}
+
+        def read() -> dict[str, bytes]:
+            found = self.fs.cat(list(wanted), on_error="return")
+            for answer in found.values():
+                if isinstance(answer, Exception) and not isinstance(answer, FileNotFoundError):
+                    raise answer  # one that is left out would be taken for one that is not there
+            return {path: answer for path, answer in found.items() if isinstance(answer, bytes)}
+
+        return {wanted[path]: content for path, content in self._asked(read).items()}
 
     def write(self, name: str, content: bytes, *, new: bool = False) -> bool:
         """Puts an object.

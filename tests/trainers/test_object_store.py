@@ -99,6 +99,21 @@ def test_object_store_asks_again_while_its_patience_lasts(bucket, monkeypatch):
     assert store.read("x") == b"there"
 
 
+def test_object_store_that_misses_one_of_many_is_asked_for_all_again(store, monkeypatch):
+    store.patience_s = 30
+    store.write("a", b"1")
+    store.write("b", b"2")
+    cat, blips = store.fs.cat, iter([ConnectionError("reset")])
+
+    def cat_with_a_blip(paths: list[str], on_error: str) -> dict:
+        found = cat(paths, on_error=on_error)
+        return found | ({paths[1]: blip} if (blip := next(blips, None)) else {})
+
+    monkeypatch.setattr(store.fs, "cat", cat_with_a_blip)
+    monkeypatch.setattr("trainers.object_store.FIRST_PAUSE_S", 0.01)
+    assert store.read_all(["a", "b", "none"]) == {"a": b"1", "b": b"2"}
+
+
 def test_object_store_writes_reads_lists_and_removes(store, tmp_path):
     store.require_writable()
     assert store.read("a/b") is None
