@@ -10,7 +10,7 @@ from orchestration.results import best_trial, mark_ended, read_trial, read_trial
 from orchestration.run import tokenizer_files
 from orchestration.sweep import finish
 from trainers.data import DataSpec
-from trainers.paths import RunPaths
+from trainers.paths import RunPaths, write_json
 
 NAN, INF = math.nan, math.inf
 
@@ -155,8 +155,9 @@ def test_best_adapter_stands_beside_the_tokenizer_and_template_that_it_was_train
     run, tmp_path
 ):
     write_trial(run, "good", [3.0, 2.0])
+    write_json(run.resolved, {"config": {"model": "models/base", "revision": None}})
     (run.trial("good").best).mkdir()
-    (run.trial("good").best / "adapter_config.json").write_text("{}")
+    (run.trial("good").best / "adapter_config.json").write_text('{"r": 4}')
     model, given = tmp_path / "model", tmp_path / "mine.jinja"
     model.mkdir()
     for name in ("tokenizer.json", "chat_template.jinja", "chat_template.json", "config.json"):
@@ -167,6 +168,9 @@ def test_best_adapter_stands_beside_the_tokenizer_and_template_that_it_was_train
     names = ["adapter_config.json", "chat_template.jinja", "chat_template.json", "tokenizer.json"]
     assert sorted(path.name for path in run.best.iterdir()) == names
     assert (run.best / "chat_template.jinja").read_text() == "the model's chat_template.jinja"
+    # The base is named as the user named it (field case B19).
+    named = {"base_model_name_or_path": "models/base", "revision": None}
+    assert json.loads((run.best / "adapter_config.json").read_text()) == {"r": 4} | named
     finish(run, tokenizer_files(replace(own, chat_template=str(given))))
     names.remove("chat_template.json")
     assert sorted(path.name for path in run.best.iterdir()) == names
