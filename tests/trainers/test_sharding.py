@@ -1,5 +1,6 @@
 """A base that no worker holds whole: two workers over gloo against one that holds it all."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.trainers.packs import NAMES, RUNS, Bench
+from tests.trainers.families import MOE_FAMILIES, tiny_of
+from tests.trainers.packs import CPU, NAMES, RUNS, Bench
+from tests.trainers.test_families import RUN, spec_of
 from tests.trainers.tiny import TINY_LLAMA, random_rows
+from trainers.adapters import Pack
 from trainers.base_model import load_base
 from trainers.base_spec import BaseSpec
+from trainers.batches import RowSource
 from trainers.comm import Comm
+from trainers.composer import ForwardLimits
+from trainers.loop import Trainer, new_run
 from trainers.paths import read_json, write_json
 from trainers.sharding import Sharding
 
@@ -40,6 +47,22 @@ def trained(spec: BaseSpec, comm: Comm | None = None) -> dict[str, list[float]]:
     return {name: [*one.train, *one.held_out] for name, one in bench.losses.items()}
 
 
+def experts_trained(spec: BaseSpec, comm: Comm | None = None) -> dict[str, list[float]]:
+    """The last held-out losses of a pack of two adapters on everything of a mixture of experts."""
+    model = load_base(spec)
+    pack = Pack(model)
+    rows, held_out = RowSource(random_rows(40), 0, CPU), RowSource(random_rows(7, seed=1), 0, CPU)
+    trainer = Trainer(pack, rows, held_out, limits=ForwardLimits(max_tokens=SEVERAL), comm=comm)
+    runs = {r: new_run(pack, pack.enter(spec_of(model, r, seed=r)), RUN) for r in (4, 8)}
+    losses: dict[str, list[float]] = {f"rank {lora_rank}": [] for lora_rank in runs}
+    while active := [run for run in runs.values() if run.status == "running"]:
+        for run in trainer.advance(active):
+            lora_rank = next(r for r, one in runs.items() if one is run)
+            found = losses[f"rank {lora_rank}"]
+            trainer.evaluate(run, lambda _, row, found=found: found.append(row.eval_loss) is None)
+    return losses
+
+
 def facts(spec: BaseSpec) -> dict[str, Any]:
     """What a worker holds of a sharded base."""
     model = load_base(spec)
@@ -53,18 +76,21 @@ def facts(spec: BaseSpec) -> dict[str, Any]:
     }
 
 
-def _work(rank: int, folder: str, specs: list[BaseSpec]) -> None:
+Train = Callable[[BaseSpec, Comm], dict[str, list[float]]]
+
+
+def _work(rank: int, folder: str, train: Train, specs: list[BaseSpec]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     for number, spec in enumerate(specs):
-        found = {"losses": trained(spec, Comm()), "facts": facts(spec)}
+        found = {"losses": train(spec, Comm()), "facts": facts(spec)}
         write_json(Path(folder) / f"{number}-{rank}.json", found)
     dist.destroy_process_group()
 
 
-def on_two_workers(folder: Path, *specs: BaseSpec) -> list[list[dict[str, Any]]]:
+def on_two_workers(folder: Path, train: Train, *specs: BaseSpec) -> list[list[dict[str, Any]]]:
     """What each of two workers found, for each spec."""
-    mp.spawn(_work, args=(str(folder), list(specs)), nprocs=2)
+    mp.spawn(_work, args=(str(folder), train, list(specs)), nprocs=2)
     return [
         [read_json(folder / f"{number}-{rank}.json") for rank in (0, 1)]
         for number in range(len(specs))
@@ -80,7 +106,7 @@ def test_sharded_pack_follows_the_losses_of_a_worker_that_holds_it_all(tmp_path)
         BaseSpec(model=tied, quantization="nf4", dtype="fp32", sharded=True),
         BaseSpec(model=untied, quantization="none", dtype="fp64", sharded=True),
     ]
-    for spec, (first, second) in zip(specs, on_two_workers(tmp_path, *specs), strict=True):
+    for spec, (first, second) in zip(specs, on_two_workers(tmp_path, trained, *specs), strict=True):
         assert first["losses"] == second["losses"]
         tolerance = 1e-7 if spec.dtype == "fp64" else 1e-4  # norms are in fp32
         for name, losses in trained(replace(spec, sharded=False)).items():
@@ -89,3 +115,19 @@ def test_sharded_pack_follows_the_losses_of_a_worker_that_holds_it_all(tmp_path)
         assert len(first["facts"]["dtypes"]) == 1
         assert first["facts"]["whole"] == 0
         assert first["facts"]["held"] == pytest.approx(first["facts"]["all"] / 2, rel=0.01)
+
+
+@pytest.mark.slow
+def test_sharded_experts_follow_the_losses_of_a_worker_that_holds_them_all(tmp_path):
+    specs = []
+    for family in MOE_FAMILIES:
+        tiny_of(family).save_pretrained(tmp_path / family)
+        base = BaseSpec(model=str(tmp_path / family), dtype="fp32", sharded=True)
+        specs += [base, replace(base, quantization="none")]
+    found = on_two_workers(tmp_path, experts_trained, *specs)
+    for spec, (first, second) in zip(specs, found, strict=True):
+        assert first["losses"] == second["losses"]
+        assert first["facts"]["whole"] == 0
+        for name, losses in experts_trained(replace(spec, sharded=False)).items():
+            assert len(losses) == 1
+            assert first["losses"][name] == pytest.approx(losses, abs=1e-4)
