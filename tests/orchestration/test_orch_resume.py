@@ -142,10 +142,12 @@ def test_resume_on_an_object_store_by_another_machine_ends_in_the_numbers_of_a_w
         return bool(done) and bool(begun - done)
 
     driver = start(folder, "sweep", "sweep.yaml")
-    wait_until(is_half_way, driver)
+    # While the workers load: watching the lease takes longer than these trials do.
+    wait_until(lambda: "plan.json" in store.listing(), driver)
     refused = ended(start(folder, "resume", url))
     assert refused.returncode == 2, told(refused)
     assert f"{url}: this run is being driven by another process" in refused.stderr
+    wait_until(is_half_way, driver)
     left = kill(driver)
     before = {k: v for k, v in store.listing("trials").items() if k.endswith("status.json")}
     assert 0 < len(before) < 3
