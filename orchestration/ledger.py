@@ -86,7 +86,8 @@ class Ledger(tune.Callback):
         self.progress.ended(record.name, record.status, record.reason)
         for tracker in self.trackers:
             tracker.finish(record)
-        send_rest(self.run.root)
+        if self.trackers:
+            send_rest(self.run.root)
 
 
 def trial_name(trial: Any) -> str:

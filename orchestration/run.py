@@ -156,8 +156,7 @@ def _checked_plan(
     if here is not None:
         max_concurrent_trials(trial_demand(config, here), here)
     plan = make_plan(config, known, planned_for or here)
-    require_quantizable(plan)
-    require_vocabulary(plan)
+    require_trainable(plan)
     if here is not None:
         plan_packs(plan, here)
     return plan
@@ -268,7 +267,15 @@ def require_supported(config: SweepConfig) -> None:
         )
 
 
-def require_vocabulary(plan: Plan) -> None:
+def require_trainable(plan: Plan) -> None:
+    """Raises:
+    ValueError: what the plan's workers would find out when they had loaded everything.
+    """
+    _require_quantizable(plan)
+    _require_vocabulary(plan)
+
+
+def _require_vocabulary(plan: Plan) -> None:
     """A token without a row of the embedding is an index error on a CPU and a dead worker on a GPU.
 
     Raises:
@@ -289,7 +296,7 @@ def require_vocabulary(plan: Plan) -> None:
         )
 
 
-def require_quantizable(plan: Plan) -> None:
+def _require_quantizable(plan: Plan) -> None:
     """Told before workers load a base for nothing.
 
     Raises:

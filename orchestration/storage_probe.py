@@ -1,5 +1,5 @@
 """Whether nodes share a storage: the driver writes there, a node reads it and writes beside it, the driver reads
-that. A storage is a folder or a URL. On its own it imports the standard library alone: a node without our
+that. A storage is a folder or a URL. A store's client is imported where there is a URL: a node without our
 dependencies answers too."""
 
 import shutil
@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from trainers.object_store import ObjectStore, StoreError, is_url
 
 DRIVER = "driver"
 """The file that the driver writes into a probe's folder; it holds the folder's name."""
@@ -34,7 +36,7 @@ def probing(storage: str) -> Iterator[Probe]:
         ValueError: the storage cannot be written from here.
     """
     name = f".tenfold-preflight-{uuid.uuid4().hex}"
-    with (_on_store if "://" in storage else _in_folder)(storage, name) as has_answered:
+    with (_on_store if is_url(storage) else _in_folder)(storage, name) as has_answered:
         yield Probe(name, has_answered)
 
 
@@ -65,8 +67,6 @@ def _in_folder(storage: str, name: str) -> Iterator[Callable[[str], bool]]:
 
 @contextmanager
 def _on_store(url: str, name: str) -> Iterator[Callable[[str], bool]]:
-    from trainers.object_store import ObjectStore
-
     store = ObjectStore(url)
     store.write(f"{name}/{DRIVER}", name.encode())
     try:
@@ -78,7 +78,7 @@ def _on_store(url: str, name: str) -> Iterator[Callable[[str], bool]]:
 def answer_probe(storage: str, name: str, node: str) -> str:
     """Reads what the driver wrote and writes this node's own file beside it; what is wrong, or "". Makes no
     folder: on a node that does not share the storage nothing is left behind."""
-    return (_answer_on_store if "://" in storage else _answer_in_folder)(storage, name, node)
+    return (_answer_on_store if is_url(storage) else _answer_in_folder)(storage, name, node)
 
 
 def _answer_in_folder(storage: str, name: str, node: str) -> str:
@@ -95,8 +95,6 @@ def _answer_in_folder(storage: str, name: str, node: str) -> str:
 
 
 def _answer_on_store(url: str, name: str, node: str) -> str:
-    from trainers.object_store import ObjectStore, StoreError
-
     try:
         store = ObjectStore(url, patience_s=0)
         if store.read(f"{name}/{DRIVER}") != name.encode():

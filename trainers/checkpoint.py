@@ -67,8 +67,8 @@ def save_weights(
     Raises:
         GateError: what was written is not what was trained.
     """
+    tensors = {name: to_peft(name, p.detach()) for name, p in run.slot.parameters.items()}
     if run.slot.spec is None:
-        tensors = {name: p.detach().contiguous() for name, p in run.slot.parameters.items()}
         # Not save_pretrained: it writes nothing on a worker that is not rank 0 of its Train run, and such
         # a worker can be a group of its own.
         save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
@@ -76,7 +76,6 @@ def save_weights(
         if pack.model.can_generate() and pack.model.generation_config is not None:
             pack.model.generation_config.save_pretrained(folder)
     else:
-        tensors = {name: to_peft(name, view) for name, view in run.slot.parameters.items()}
         save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
         lora_config(pack, run.slot.spec, base_name, revision).save_pretrained(str(folder))
     check_saved(folder, pack, run)
@@ -102,9 +101,7 @@ def load_checkpoint(run: Run, folder: Path) -> bool:
         return False
     moments = _moments(run)
     file = found / (MODEL_FILE if run.slot.spec is None else ADAPTER_FILE)
-    shapes = {name: tuple(view.shape) for name, view in run.slot.parameters.items()}
-    if run.slot.spec is not None:
-        shapes = {name: peft_shape(name, view.shape) for name, view in run.slot.parameters.items()}
+    shapes = {name: peft_shape(name, view.shape) for name, view in run.slot.parameters.items()}
     weights = _whole(file, shapes, "weights of the trial")
     saved_moments = _whole(found / OPTIMIZER_FILE, _shapes(moments), "moments of its optimizer")
     state = read_json(found / STATE_FILE)
@@ -112,8 +109,7 @@ def load_checkpoint(run: Run, folder: Path) -> bool:
         raise GateError(f"{found / STATE_FILE}: must hold {', '.join(missing)}, does not; {AGAIN}")
     with torch.no_grad():
         for name, parameter in run.slot.parameters.items():
-            is_adapter, saved = run.slot.spec is not None, weights[name]
-            parameter.copy_(from_peft(name, saved, parameter.shape) if is_adapter else saved)
+            parameter.copy_(from_peft(name, weights[name], parameter.shape))
         for name, moment in moments.items():
             moment.copy_(saved_moments[name])
     run.restore(state)

@@ -149,8 +149,8 @@ def expert_size(module: nn.Module, parameter: str, num_active: int) -> LayerSize
         ValueError: experts that compute otherwise than those known here.
     """
     base: Any = module
-    odd = [name for name in ("has_post_expert_norm",) if getattr(base, name, False)]
-    if odd or not getattr(base, "has_gate", False) or num_active < 1:
+    known = getattr(base, "has_gate", False) and not getattr(base, "has_post_expert_norm", False)
+    if not known or num_active < 1:
         raise ValueError(
             f"{type(module).__name__}: experts must have a gate, no norm of their own, and a config with "
             "num_experts_per_tok; others cannot be trained by this version, leave experts out of target"
@@ -169,9 +169,9 @@ def num_active_experts(model: nn.Module) -> int:
 
 
 def to_peft(name: str, view: torch.Tensor) -> torch.Tensor:
-    """An adapter's tensor as PEFT has it on disk: A [R, I] and B [O, R]; of experts A [E R, I], expert by
-    expert, and B [O, R E], rank by rank (peft.tuners.lora.layer.ParamWrapper)."""
-    if view.ndim == 2:
+    """A slot's tensor as it is on disk, an adapter's as PEFT has it: A [R, I] and B [O, R]; of experts A
+    [E R, I], expert by expert, and B [O, R E], rank by rank (peft.tuners.lora.layer.ParamWrapper)."""
+    if not _is_fused(name, view.shape):
         return view.contiguous()
     if ".lora_A." in name:
         return view.reshape(-1, view.shape[-1]).contiguous()
@@ -180,7 +180,7 @@ def to_peft(name: str, view: torch.Tensor) -> torch.Tensor:
 
 def from_peft(name: str, saved: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """The inverse of `to_peft`, for a view of a shape."""
-    if len(shape) == 2:
+    if not _is_fused(name, shape):
         return saved
     experts, rank, width = shape
     if ".lora_A." in name:
@@ -189,8 +189,12 @@ def from_peft(name: str, saved: torch.Tensor, shape: torch.Size) -> torch.Tensor
 
 
 def peft_shape(name: str, shape: torch.Size) -> tuple[int, ...]:
-    """Of an adapter's tensor on disk."""
-    if len(shape) == 2:
+    """Of a slot's tensor on disk."""
+    if not _is_fused(name, shape):
         return tuple(shape)
     experts, rank, width = shape
     return (experts * rank, width) if ".lora_A." in name else (width, rank * experts)
+
+
+def _is_fused(name: str, shape: torch.Size) -> bool:
+    return len(shape) == 3 and ".lora_" in name  # a model that is trained whole has 3-D weights too

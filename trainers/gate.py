@@ -137,7 +137,7 @@ def _check_file(path: Path, shapes: Shapes, slot: Slot, meaning: str) -> None:
                     f"{path.name}: {name} is saved, but nothing of that name is trained"
                 )
             saved = file.get_tensor(name).to(live.device)
-            live = live if slot.spec is None else to_peft(name, live)
+            live = to_peft(name, live)
             if not bool(torch.isfinite(saved).all()):
                 raise GateError(f"{path.name}: {name} holds a number that is not finite")
             if saved.dtype != live.dtype or not torch.equal(saved, live):

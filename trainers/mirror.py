@@ -45,6 +45,8 @@ class Mirror:
         self._checked_at = -CHECK_S
         self._seen: dict[str, str] = {}
         self._sent: dict[Path, tuple[int, int]] = {}
+        self._held: dict[Path, bytes] = {}
+        """Folder -> the manifest that it was fetched by; what was written here since has none."""
 
     def name(self, path: Path) -> str:
         """The store's name of a path in the copy."""
@@ -66,6 +68,7 @@ class Mirror:
 
     def push_folder(self, path: Path) -> None:
         """Puts a folder there that was written here."""
+        self._held.pop(path, None)
         versioned = path.name in VERSIONED
         upload_folder(self.store, path, self.name(path), versioned=versioned, check=self.check)
 
@@ -100,8 +103,11 @@ class Mirror:
             StoreError: it is not whole there.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not download_folder(self.store, self.name(path), path):
+        manifest = download_folder(self.store, self.name(path), path, held=self._held.get(path))
+        if manifest is None:
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            self._held[path] = manifest
 
     def pull_records(self) -> None:
         """Brings everything here that changed there, but for weights and what nobody reads back."""

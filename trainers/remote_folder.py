@@ -48,18 +48,22 @@ def upload_folder(
     store.remove([found for found in store.listing(name) if found not in kept])
 
 
-def download_folder(store: ObjectStore, name: str, target: Path, *, shared: bool = False) -> bool:
-    """Puts the folder under a name in a target's place; False: there is none, and the target stays.
+def download_folder(
+    store: ObjectStore, name: str, target: Path, *, shared: bool = False, held: bytes | None = None
+) -> bytes | None:
+    """Puts the folder under a name in a target's place, and gives its manifest; None: there is none, and the
+    target stays.
 
     Args:
+        held: the manifest of what the target holds: the same is not fetched again.
         shared: a target that another process puts there meanwhile is as good.
 
     Raises:
         StoreError: what came is not what was put there.
     """
     manifest = store.read(f"{name}/{MANIFEST}")
-    if manifest is None:
-        return False
+    if manifest is None or (manifest == held and target.is_dir()):
+        return manifest
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir(parents=True)
     try:
@@ -74,7 +78,7 @@ def download_folder(store: ObjectStore, name: str, target: Path, *, shared: bool
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return True
+    return manifest
 
 
 def file_within(folder: Path, relative: str) -> Path:

@@ -198,13 +198,16 @@ class Station:
             return {}
         sizes = matching_layers(self.model, self.shape.resolve_target(candidate.target))
         live = sum(size.num_params(candidate.lora_rank) for size in sizes.values())
+        self._require_planned(candidate, live)
+        return {"adapter": {"layers": len(sizes), "lora_rank": candidate.lora_rank, "params": live}}
+
+    def _require_planned(self, candidate: Candidate, num_params: int) -> None:
         planned = self.shape.lora_params(candidate.lora_rank, candidate.target)
-        if live != planned:
+        if num_params != planned:
             raise ValueError(
                 f"target {'+'.join(candidate.target)}: an adapter of rank {candidate.lora_rank} must have "
-                f"{planned:,} parameters as planned, has {live:,} in the loaded model"
+                f"{planned:,} parameters as planned, has {num_params:,} in the loaded model"
             )
-        return {"adapter": {"layers": len(sizes), "lora_rank": candidate.lora_rank, "params": live}}
 
     def facts(self) -> dict[str, Any]:
         """What a plan of packs wants to know of a loaded base."""
@@ -228,11 +231,13 @@ class Station:
                 whole, of another trial or of another base.
         """
         torch.manual_seed(spec.candidate.seed)
-        self.coverage(spec.candidate)
         slot = 0 if self.full_finetune else self.pack.enter(adapter_of(spec.candidate, self.shape))
         run = new_run(self.pack, slot, run_spec(spec))
         paths = TrialPaths(spec.folder)
         try:
+            if not self.full_finetune:
+                views = run.slot.parameters.values()
+                self._require_planned(spec.candidate, sum(view.numel() for view in views))
             _fetch(paths)
             if load_checkpoint(run, paths.checkpoint):
                 recorded = recorded_probe_loss(paths.checkpoint)

@@ -9,7 +9,7 @@ from orchestration.config import SweepConfig
 from orchestration.exit_codes import INTERRUPTED, NO_RESULT
 from orchestration.models import require_weights
 from orchestration.planning import Plan, make_plan
-from orchestration.run import difference, require_quantizable, require_supported, require_vocabulary
+from orchestration.run import difference, require_supported, require_trainable
 from orchestration.studies.config import StudyConfig, write_study_yaml
 from orchestration.studies.frame import StudyFacts
 from search_spaces.candidate import Candidate
@@ -27,8 +27,7 @@ def checked_plan(config: SweepConfig) -> Plan:
     require_weights(config.model)
     require_supported(config)
     plan = make_plan(config)
-    require_quantizable(plan)
-    require_vocabulary(plan)
+    require_trainable(plan)
     return plan
 
 

@@ -145,6 +145,23 @@ def test_mirror_a_trial_that_was_elsewhere_meanwhile_is_fetched_as_it_is_there(m
     assert mine.store.read("trials/t/metrics.jsonl") == b"1\n2\n"
 
 
+def test_mirror_folder_that_did_not_change_is_fetched_once(mine, other, monkeypatch):
+    put_folder(RunPaths(mine.root).trial("t").checkpoint, weights="1")
+    theirs = RunPaths(other.root).trial("t").checkpoint
+    fetched: list[str] = []
+    download = other.store.download
+    monkeypatch.setattr(
+        other.store, "download", lambda name, file: (fetched.append(name), download(name, file))
+    )
+    other.pull_folder(theirs)
+    other.pull_folder(theirs)
+    assert len(fetched) == 1
+    put_folder(RunPaths(mine.root).trial("t").checkpoint, weights="2")
+    other.pull_folder(theirs)
+    assert (theirs / "weights").read_text() == "2"
+    assert len(fetched) == 2
+
+
 def test_mirror_paths_are_shown_as_urls_and_found_by_them(mine, url, tmp_path):
     trial = RunPaths(mine.root).trial("t")
     assert shown(mine.root) == url

@@ -114,7 +114,7 @@ def find_folder(target: Path) -> bool:
     if target.is_dir() or not (url := os.environ.get(SHARED_CACHE)):
         return target.is_dir()
     target.parent.mkdir(parents=True, exist_ok=True)
-    return download_folder(ObjectStore(url), _shared_name(target), target, shared=True)
+    return download_folder(ObjectStore(url), _shared_name(target), target, shared=True) is not None
 
 
 def _share(target: Path) -> None:
