@@ -159,6 +159,7 @@ def layer_bytes(
     compute_bytes: int,
     lora_rank: int,
     dropout: bool,
+    magnitudes: bool = False,
     packed_tokens: int = 0,
 ) -> LayerBytes:
     """Bytes for each token of a decoder layer.
@@ -168,12 +169,15 @@ def layer_bytes(
         compute_bytes: e.
         lora_rank: largest of the forward.
         dropout: whether any of its adapters drops inputs.
+        magnitudes: whether any of its adapters is a DoRA.
         packed_tokens: of a row that holds several examples, which a mask keeps apart; else 0.
     """
     hidden, e = shape.hidden_size, compute_bytes
     norm = norm_bytes(shape, e)
     extra_norms = NORMS_PER_LAYER.get(shape.model_type, 2) - 2
-    width = _Widths(block, shape, frozenset(targets), e, lora_rank, dropout, packed_tokens)
+    width = _Widths(
+        block, shape, frozenset(targets), e, lora_rank, dropout, magnitudes, packed_tokens
+    )
     return LayerBytes(
         entry=e * hidden,
         # An RMSNorm in fp32 saves its input itself, in bf16 a copy of it.
@@ -209,6 +213,7 @@ class _Widths:
     e: int
     lora_rank: int
     dropout: bool
+    magnitudes: bool
     packed_tokens: int
 
     def reads(self, linears: Sequence[LinearShape]) -> bool:
@@ -216,10 +221,11 @@ class _Widths:
         return not self.targets.isdisjoint(linears)
 
     def low_rank(self, linears: Sequence[LinearShape]) -> int:
-        """x A^T of each adapted linear, and its dropout mask."""
+        """x A^T of each adapted linear, its dropout mask, and of a DoRA its output before the magnitudes."""
         adapted = [linear for linear in linears if linear in self.targets]
         masks = sum(linear.in_features for linear in adapted) if self.dropout else 0
-        return self.e * (self.lora_rank * len(adapted) + masks)
+        outputs = sum(linear.out_features for linear in adapted) if self.magnitudes else 0
+        return self.e * (self.lora_rank * len(adapted) + masks + outputs)
 
     def attention(self) -> int:
         """The norm's output, rotated queries and keys, values, attention's output and its logsumexp."""

@@ -62,6 +62,7 @@ class Forward:
         loss_tokens: positions that bear loss, >= 0.
         lora_rank: largest of the adapters, >= 1.
         dropout: an adapter drops inputs.
+        magnitudes: an adapter is a DoRA, which keeps the outputs of its layers.
         packed: rows hold several examples, which a mask keeps apart.
     """
 
@@ -71,6 +72,7 @@ class Forward:
     loss_tokens: int
     lora_rank: int
     dropout: bool = False
+    magnitudes: bool = False
     packed: bool = False
 
     def __post_init__(self) -> None:

@@ -135,6 +135,7 @@ def _forward(workload: Workload, num_slots: int, tokens: int, packing: bool) -> 
         loss_tokens=tokens,
         lora_rank=workload.lora_rank,
         dropout=workload.dropout,
+        magnitudes=workload.magnitudes,
         packed=packing,
     )
 

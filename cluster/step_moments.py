@@ -129,6 +129,7 @@ class _Step:
             compute_bytes=self.e,
             lora_rank=self.forward.lora_rank,
             dropout=self.forward.dropout,
+            magnitudes=self.forward.magnitudes,
             packed_tokens=self.forward.row_tokens if self.forward.packed else 0,
         )
 
@@ -140,6 +141,7 @@ class _Step:
         logits = LOGIT_COPIES * FLOAT_BYTES * numbers
         # When an adapter of the head is reached, one copy in the compute type is left.
         reached = self.e * numbers + max((self._picked(head) for head in heads), default=0)
+        logits += self.e * numbers if heads and self.forward.magnitudes else 0
         return Transient(
             gathered=self._head_bytes() if self.holding.sharded else 0,
             activations=self._kept_by_layers() + self._final() + self.final_norm_kept,

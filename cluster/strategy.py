@@ -45,6 +45,7 @@ class Workload:
         num_trials: >= 1.
         quantized: whether the base is held in NF4.
         dropout: whether an adapter drops inputs.
+        magnitudes: whether an adapter is a DoRA.
     """
 
     lora_rank: int
@@ -53,6 +54,7 @@ class Workload:
     num_trials: int
     quantized: bool
     dropout: bool = False
+    magnitudes: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from search_spaces.carried_prior import (
 from search_spaces.domains import SearchSpace, TargetDomain
 from search_spaces.priors import LearningRatePrior
 from search_spaces.space import DatasetFacts, build_space
+from search_spaces.variants import PLAIN, alpha_at
 from trainers.paths import RunPaths, read_json
 
 
@@ -104,11 +105,12 @@ def confirmation(
     first = next((c for c in admitted if (c.lora_rank, c.target) == (rank, target)), None)
     facts: dict[str, Any] = {
         "lora_rank": rank,
-        "lora_alpha": first.lora_alpha if first else float(space.lora_alpha.values()[0]),
+        "lora_alpha": first.lora_alpha if first else alpha_at(space.lora_alpha.values()[0], rank),
         "global_batch_size": first.global_batch_size
         if first
         else space.global_batch_size.options[0],
         "target": list(target),
+        "variant": list(space.variant.options),
     }
     num_examples = budget.num_examples if budget else None
     tokens = None
@@ -139,6 +141,7 @@ def _yaml(facts: dict[str, Any], rates: tuple[float, ...]) -> str:
         f"lora_alpha: {facts['lora_alpha']:g}",
         f"global_batch_size: {facts['global_batch_size']}",
         f"target: [{', '.join(facts['target'])}]",
+        *([f"variant: {PLAIN}"] if facts["variant"] != [PLAIN] else []),
         "search: grid",
         "scheduler: fifo",
     ]

@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 
 from orchestration.forgetting import KEY, base_retention
 from orchestration.results import USABLE, TrialRecord
+from orchestration.show import target_text
 
 # Okabe-Ito: told apart by the colour-blind, readable on light and dark.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C00", "#7F7F7F")
@@ -34,7 +35,7 @@ def layout(
 
 def _group(record: TrialRecord) -> str:
     candidate = record.candidate
-    return f"rank {candidate['lora_rank']}, {'+'.join(candidate['target'])}, batch {candidate['global_batch_size']}"
+    return f"rank {candidate['lora_rank']}, {target_text(candidate)}, batch {candidate['global_batch_size']}"
 
 
 def lr_loss_chart(records: list[TrialRecord]) -> go.Figure:

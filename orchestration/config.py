@@ -94,7 +94,10 @@ class SweepConfig(BaseModel):
     lora_rank: int | list[int] | LogRange | None = None
     learning_rate: float | list[float] | LogRange | None = None
     global_batch_size: int | list[int] | LogRange | None = None
-    lora_alpha: float | list[float] | LogRange | None = None
+    lora_alpha: float | str | list[float | str] | LogRange | None = None
+    """A number, or a rule: rank, 2*rank. Learning rates that are not given are rescaled for a rule."""
+    variant: str | list[str] = "lora"
+    """lora, rslora, dora, lora_plus or pissa, or several joined by +; each with its own learning rates."""
     target: str | list[str] | list[list[str]] | None = None
     """Components (attn, mlp, experts, unembed) or layer names; a list of lists sweeps over them."""
     lr_prior: Literal["doctrine", "tinker"] | Positive | CarriedFrom = "doctrine"
@@ -252,6 +255,7 @@ SPACE_KEYS = (
     "learning_rate",
     "global_batch_size",
     "lora_alpha",
+    "variant",
     "target",
     "lr_schedule",
     "warmup",

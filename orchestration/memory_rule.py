@@ -11,6 +11,7 @@ from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate
 from search_spaces.domains import SearchSpace
 from search_spaces.pruner import MEMORY, Verdict
+from search_spaces.variants import DORA, parts_of, stored_rank
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -109,25 +110,36 @@ class MemoryRule:
         """Why a candidate has no room, or None; full fine-tuning is the studies' matter."""
         if candidate.full_finetune:
             return None
-        sizes = (candidate.global_batch_size,)
-        return self._verdict(candidate.lora_rank, candidate.target, sizes, candidate.dropout > 0)
+        sizes, dropout = (candidate.global_batch_size,), candidate.dropout > 0
+        return self._verdict(
+            candidate.lora_rank, candidate.target, sizes, dropout, candidate.variant
+        )
 
     def by_rank(self, lora_rank: int, target: tuple[str, ...]) -> Verdict | None:
         """Why an adapter has no room in any batch of the space, or None."""
         dropout = any(rate > 0 for rate in self.space.dropout.options)
         sizes = tuple(self.space.global_batch_size.options)
-        return self._verdict(lora_rank, target, sizes, dropout)
+        # A rank is cut for all variants: that which needs least decides, as the smallest batch does.
+        kinds = self.space.variant.options
+        variant = min(kinds, key=lambda v: (stored_rank(lora_rank, v), DORA in parts_of(v)))
+        return self._verdict(lora_rank, target, sizes, dropout, variant)
 
     def _work_out(
-        self, lora_rank: int, target: tuple[str, ...], sizes: tuple[int, ...], dropout: bool
+        self,
+        lora_rank: int,
+        target: tuple[str, ...],
+        sizes: tuple[int, ...],
+        dropout: bool,
+        variant: str,
     ) -> Verdict | None:
         workload = Workload(
-            lora_rank=lora_rank,
+            lora_rank=stored_rank(lora_rank, variant),
             row_tokens=self.row_tokens,
             global_batch_sizes=sizes,
             num_trials=1,
             quantized=self.config.quantization == "nf4",
             dropout=dropout,
+            magnitudes=DORA in parts_of(variant),
         )
         needs = needs_of(self.config, self.shape, target, on_gpu=self.on_gpu)
         wanted = FORWARD_TOKENS["gpu" if self.on_gpu else "cpu"]

@@ -10,6 +10,7 @@ from cluster.strategy import Way, Workload
 from orchestration.memory_rule import asked_of, needs_of, trial_demand, worker_places
 from orchestration.models import config_path
 from orchestration.planning import batch_sizes, epoch_examples, row_tokens
+from search_spaces.variants import DORA, parts_of, stored_rank
 from trainers.paths import read_json
 from trainers.speed import cpu_name, read_speed, speed_path
 
@@ -67,6 +68,7 @@ def workload_of(plan: "Plan", lora_rank: int) -> Workload:
         num_trials=len(plan.pruned.admitted) + plan.num_proposed,
         quantized=plan.config.quantization == "nf4",
         dropout=any(rate > 0 for rate in plan.space.dropout.options),
+        magnitudes=any(DORA in parts_of(variant) for variant in plan.space.variant.options),
     )
 
 
@@ -81,15 +83,23 @@ def longest_row(plan: "Plan") -> int:
 
 
 def largest_adapter(plan: "Plan") -> tuple[int, tuple[str, ...]]:
-    """lora_rank and target of the adapter with most parameters that the sweep may train."""
-    asked = {(c.lora_rank, c.target) for c in plan.pruned.admitted}
-    asked |= {(d.lora_ranks[-1], d.target) for d in plan.domains if d.admissible}
+    """Rank as it is held, and target, of the adapter with most parameters that the sweep may train."""
+    asked = {(stored_rank(c.lora_rank, c.variant), c.target) for c in plan.pruned.admitted}
+    asked |= {
+        (stored_rank(d.lora_ranks[-1], variant), d.target)
+        for d in plan.domains
+        if d.admissible
+        for variant in d.variants
+    }
     return max(asked, key=lambda pair: plan.shape.lora_params(*pair))
 
 
 def adapter_params(plan: "Plan") -> list[int]:
-    """Parameters of every trial's adapter; each that Optuna will propose counts as the largest."""
-    params = [plan.shape.lora_params(c.lora_rank, c.target) for c in plan.pruned.admitted]
+    """Parameters that every trial's adapter holds; each that Optuna will propose counts as the largest."""
+    params = [
+        plan.shape.lora_params(stored_rank(c.lora_rank, c.variant), c.target)
+        for c in plan.pruned.admitted
+    ]
     return params + [plan.shape.lora_params(*largest_adapter(plan))] * plan.num_proposed
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -50,6 +51,7 @@ def plan_to_dict(plan: Plan, packs: dict[str, Any] | None = None) -> dict[str, A
         "engine": config.engine,
         "packs": packs,
         "cut_ranks": [_cut_dict(domain) for domain in plan.domains if domain.cut_lora_ranks],
+        "cut_values": [cut for domain in plan.domains for cut in _cut_values(domain)],
         "unfit_ranks": [
             {"target": list(domain.target), "lora_ranks": list(domain.unfit_lora_ranks)}
             for domain in plan.domains
@@ -88,6 +90,8 @@ def _candidate_dict(plan: Plan, candidate: Candidate) -> dict[str, Any]:
     return {
         "name": trial_name(candidate),
         "candidate": candidate.to_dict(),
+        "scale": candidate.scale,
+        "scaled_learning_rate": candidate.scaled_learning_rate,
         **_capacity(plan, candidate),
         "steps": math.ceil(plan.budget.num_examples / candidate.global_batch_size)
         if plan.budget
@@ -101,6 +105,16 @@ def _cut_dict(domain: TargetDomain) -> dict[str, Any]:
         "lora_ranks": list(domain.cut_lora_ranks),
         "sufficient_rank": domain.sufficient_rank,
     }
+
+
+def _cut_values(domain: TargetDomain) -> Iterator[dict[str, Any]]:
+    """What of other keys a target cannot have."""
+    cut = {"dropout": domain.cut_dropouts, "variant": domain.cut_variants}
+    for key, values in cut.items():
+        if values:
+            reason = "fused experts are parameters, on which PEFT has none of it"
+            target = list(domain.target)
+            yield {"target": target, "key": key, "values": list(values), "reason": reason}
 
 
 def _capacity(plan: Plan, candidate: Candidate) -> dict[str, int]:

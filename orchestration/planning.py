@@ -280,7 +280,9 @@ def num_proposed(space: SearchSpace, config: SweepConfig, domains: tuple[TargetD
     axes += [space.lr_schedule, space.warmup, space.weight_decay, space.max_grad_norm, space.seed]
     if any(isinstance(axis, LogUniform) and axis.low < axis.high for axis in axes):
         return config.num_candidates or 0
-    num_points = sum(len(item.lora_ranks) * len(item.dropouts) for item in domains)
+    num_points = sum(
+        len(item.lora_ranks) * len(item.dropouts) * len(item.variants) for item in domains
+    )
     num_points *= math.prod(len(axis.values()) for axis in axes)
     return min(config.num_candidates or 0, num_points)
 

@@ -24,8 +24,9 @@ from orchestration.measured import capacity_sentence
 from orchestration.page import Card, charts, frame, section, table, tiles
 from orchestration.placing import packs_sentence
 from orchestration.results import TrialRecord, best_trial, read_trials
-from orchestration.show import coverage_lines, cut_ranks
+from orchestration.show import SCALED_LR, coverage_lines, cut_others, cut_ranks, target_text
 from orchestration.show_audit import data_text, short_cells
+from search_spaces.variants import PLAIN
 from trainers.paths import RunPaths, read_json, write_text
 
 
@@ -174,10 +175,15 @@ def _charts(plan: dict[str, Any], records: list[TrialRecord]) -> str:
 
 def _trials_table(records: list[TrialRecord], best: TrialRecord | None) -> str:
     retained = has_retention(records)
+    named = any(record.settings.variant != PLAIN for record in records)
     headers = [
         ("trial", False),
         ("rank", True),
         ("learning_rate", True),
+        ("alpha", True),
+        ("scale", True),
+        (SCALED_LR, True),
+        *([("variant", False)] if named else []),
         ("batch", True),
         ("status", False),
         ("eval_loss", True),
@@ -188,15 +194,20 @@ def _trials_table(records: list[TrialRecord], best: TrialRecord | None) -> str:
         ("reason", False),
     ]
     rows = [
-        ("chosen" if best and record.name == best.name else "", _trial_cells(record, retained))
+        (
+            "chosen" if best and record.name == best.name else "",
+            _trial_cells(record, retained, named),
+        )
         for record in records
     ]
     return table(headers, rows) + _retention_note(records)
 
 
-def _trial_cells(record: TrialRecord, retained: bool) -> list[str]:
-    c, top = record.candidate, record.best
-    candidate = [str(c["lora_rank"]), f"{c['learning_rate']:.2e}", str(c["global_batch_size"])]
+def _trial_cells(record: TrialRecord, retained: bool, named: bool) -> list[str]:
+    c, top = record.settings, record.best
+    candidate = [str(c.lora_rank), f"{c.learning_rate:.2e}", f"{c.lora_alpha:g}", f"{c.scale:.4g}"]
+    candidate += [f"{c.scaled_learning_rate:.2e}", *([c.variant] if named else [])]
+    candidate += [str(c.global_batch_size)]
     numbers = (
         [f"{top['eval_loss']:.4f}", f"{top['eval_bits_per_byte']:.4f}", f"{top['examples']:,}"]
         if top
@@ -237,6 +248,7 @@ def _best_yaml(resolved: dict[str, Any], best: TrialRecord | None) -> str:
     config |= {
         "global_batch_size": best.candidate["global_batch_size"],
         "lora_alpha": best.candidate["lora_alpha"],
+        "variant": best.settings.variant,
     }
     config |= {
         "target": list(best.candidate["target"]),
@@ -252,7 +264,8 @@ def _best_yaml(resolved: dict[str, Any], best: TrialRecord | None) -> str:
 
 
 def _discarded_table(plan: dict[str, Any]) -> str:
-    cut = "".join(f"<p>Cut before any draw: {html.escape(line)}.</p>" for line in cut_ranks(plan))
+    sentences = [*cut_ranks(plan), *cut_others(plan)]
+    cut = "".join(f"<p>Cut before any draw: {html.escape(line)}.</p>" for line in sentences)
     if not plan["discarded"]:
         return cut or "<p>None.</p>"
     headers = [
@@ -270,7 +283,7 @@ def _discarded_table(plan: dict[str, Any]) -> str:
             str(c["lora_rank"]),
             f"{c['learning_rate']:.2e}",
             str(c["global_batch_size"]),
-            "+".join(c["target"]),
+            target_text(c),
         ]
         rows.append(("", [*cells, item["rule"], item["reason"]]))
     return cut + table(headers, rows)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from search_spaces.candidate import Candidate
 from trainers.metrics import best_row
 from trainers.mirror import fetch
 from trainers.paths import RunPaths, TrialPaths, read_json, read_json_lines, write_json
@@ -24,6 +25,11 @@ class TrialRecord:
     @property
     def best(self) -> dict[str, Any] | None:
         return best_row(self.rows)
+
+    @property
+    def settings(self) -> Candidate:
+        """The candidate as an object, which knows its scale."""
+        return Candidate.from_dict(self.candidate)
 
     @property
     def base_loss(self) -> float | None:

@@ -4,11 +4,11 @@ from rich.console import Console
 
 from orchestration.forgetting import KEY, base_retention, has_retention, retention_text
 from orchestration.results import TrialRecord
-from orchestration.show import text_table
+from orchestration.show import SCALED_LR, target_text, text_table
 from trainers.mirror import shown
 from trainers.paths import RunPaths
 
-CANDIDATE = ("rank", "learning_rate", "batch")
+CANDIDATE = ("rank", "learning_rate", SCALED_LR, "batch")
 SCORES = ("at examples", "eval_loss", "bits/byte")
 RETENTION = ("retention (over base)",)
 ENDS = ("status", "target", "")
@@ -54,7 +54,13 @@ def _table(records: list[TrialRecord], best: TrialRecord | None) -> str:
 
 def _cells(record: TrialRecord, best: TrialRecord | None, retained: bool) -> tuple[str, ...]:
     c, top = record.candidate, record.best
-    candidate = (str(c["lora_rank"]), f"{c['learning_rate']:.2e}", str(c["global_batch_size"]))
+    scaled = f"{record.settings.scaled_learning_rate:.2e}"
+    candidate = (
+        str(c["lora_rank"]),
+        f"{c['learning_rate']:.2e}",
+        scaled,
+        str(c["global_batch_size"]),
+    )
     scores = ("", "", "")
     if top is not None:
         scores = (
@@ -64,4 +70,4 @@ def _cells(record: TrialRecord, best: TrialRecord | None, retained: bool) -> tup
         )
     retention = (retention_text(record),) if retained else ()
     mark = "<- best" if best and record.name == best.name else ""
-    return (*candidate, *scores, *retention, record.status, "+".join(c["target"]), mark)
+    return (*candidate, *scores, *retention, record.status, target_text(c), mark)

@@ -13,8 +13,9 @@ from ray.tune.search.optuna import OptunaSearch
 
 from orchestration.rungs import CLOCK, METRIC, MODE
 from orchestration.searcher_state import restore_state, save_state
-from search_spaces.candidate import Candidate, grid_candidates
+from search_spaces.candidate import Candidate, grid_candidates, make_candidate
 from search_spaces.domains import Choice, LogUniform, SearchSpace, TargetDomain
+from search_spaces.variants import RankMultiple, alpha_at
 from trainers.metrics import DIVERGED_LOSS
 
 MAX_REPEATS = 20
@@ -166,7 +167,8 @@ class OptunaSearcher(Searcher):
         if candidate is not None:
             self._study.enqueue_trial(self._admitted.parameters(candidate))
         suggestion: Any = self._inner.suggest(inner_id)
-        return suggestion["candidate"]
+        # The given one itself: its learning rate went through a division and back.
+        return candidate or suggestion["candidate"]
 
     def _tell(self, inner_id: str, candidate: Candidate, loss: float | None) -> None:
         self._known.add(candidate)
@@ -225,8 +227,9 @@ SHARED_FIELDS = (
 class AdmittedSpace:
     """The admitted candidates as Optuna's define-by-run function; domains are all admissible.
 
-    The ranks and dropouts of each target are a parameter of their own, as Optuna wants one set of
-    choices for a name. What has one value is no parameter.
+    The ranks, dropouts and variants of each target are a parameter of their own, as Optuna wants one set of
+    choices for a name. What has one value is no parameter. The learning rate is that of the space: a
+    candidate's own is made of it by its variant and alpha.
     """
 
     space: SearchSpace
@@ -240,7 +243,7 @@ class AdmittedSpace:
             field: _suggest(trial, parameter, values)
             for field, (parameter, values) in self._axes(domain).items()
         }
-        return {"candidate": Candidate(target=domain.target, **values)}
+        return {"candidate": make_candidate(self.space, target=domain.target, **values)}
 
     def parameters(self, candidate: Candidate) -> dict[str, Any]:
         """The values of Optuna's parameters that give a candidate.
@@ -254,8 +257,8 @@ class AdmittedSpace:
                 f"a candidate must lie in the admitted space, got {candidate}; resume with the "
                 "space that the run began with"
             )
-        axes = self._axes(domain).items()
-        values = {parameter: getattr(candidate, field) for field, (parameter, _) in axes}
+        own, axes = self._point(candidate), self._axes(domain).items()
+        values = {parameter: _choice(own[field]) for field, (parameter, _) in axes}
         return {"target": _text(domain), **values}
 
     def grid(self) -> Iterator[Candidate]:
@@ -272,16 +275,39 @@ class AdmittedSpace:
         return {
             "lora_rank": (f"lora_rank of {name}", Choice(options=domain.lora_ranks)),
             "dropout": (f"dropout of {name}", Choice(options=domain.dropouts)),
+            "variant": (f"variant of {name}", Choice(options=domain.variants)),
             **{field: (field, getattr(self.space, field)) for field in SHARED_FIELDS},
         }
 
     def _holds(self, domain: TargetDomain, candidate: Candidate) -> bool:
+        own = self._point(candidate)
         return all(
-            values.low <= getattr(candidate, field) <= values.high
+            values.low <= own[field] <= values.high
             if isinstance(values, LogUniform)
-            else getattr(candidate, field) in values.options
+            else own[field] in values.options
             for field, (_, values) in self._axes(domain).items()
         )
+
+    def _point(self, candidate: Candidate) -> dict[str, Any]:
+        """The values of the space's domains that make a candidate."""
+        rank, alpha = candidate.lora_rank, candidate.lora_alpha
+        rules = [a for a in self.space.lora_alpha.values() if isinstance(a, RankMultiple)]
+        rule = next((a for a in rules if alpha_at(a, rank) == alpha), alpha)
+        factor = self.space.rate_factor(candidate.variant, alpha, rank)
+        rate = _within(self.space.learning_rate, candidate.learning_rate / factor)
+        own = {field: getattr(candidate, field) for field in ("lora_rank", "dropout", "variant")}
+        own |= {field: getattr(candidate, field) for field in SHARED_FIELDS}
+        return own | {"lora_alpha": rule, "learning_rate": rate}
+
+
+ROUNDING = 1e-12
+"""Relative: what a division undoes of a multiplication is not the last bit."""
+
+
+def _within(values: LogUniform | Choice[Any], rate: float) -> float:
+    """The rate of a domain that a rate is but for rounding."""
+    known = (values.low, values.high) if isinstance(values, LogUniform) else values.options
+    return next((one for one in known if math.isclose(one, rate, rel_tol=ROUNDING)), rate)
 
 
 def _suggest(trial: Any, name: str, values: LogUniform | Choice[Any]) -> Any:
@@ -291,7 +317,13 @@ def _suggest(trial: Any, name: str, values: LogUniform | Choice[Any]) -> Any:
         return trial.suggest_float(name, values.low, values.high, log=True)
     if len(values.options) == 1:
         return values.options[0]
-    return trial.suggest_categorical(name, list(values.options))
+    by_choice = {_choice(option): option for option in values.options}
+    return by_choice[trial.suggest_categorical(name, list(by_choice))]
+
+
+def _choice(value: Any) -> Any:
+    """A value as Optuna takes it: it knows numbers and texts."""
+    return str(value) if isinstance(value, RankMultiple) else value
 
 
 def _text(domain: TargetDomain) -> str:

@@ -6,7 +6,7 @@ half a second, and lines that are not wrapped to a terminal can be searched.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from orchestration.forgetting import retention_sentence
@@ -14,6 +14,8 @@ from orchestration.measured import capacity_sentence
 from orchestration.placing import cost_text, packs_lines
 from orchestration.show_audit import short_lines
 
+SCALED_LR = "LR x scale"
+"""learning_rate x lora_alpha / lora_rank (rsLoRA: its root): comparable between ranks, alphas and variants."""
 MAX_LISTED = 20
 """Candidates of a kind that a terminal lists; the JSON has all of them."""
 
@@ -132,10 +134,10 @@ def _candidates(plan: dict[str, Any]) -> list[str]:
     if plan["num_proposed"]:
         return [f"{plan['num_proposed']:,} candidates proposed by Optuna within the admitted space"]
     count = len(plan["candidates"])
-    headers = ("rank", "learning_rate", "batch", "adapter params", "capacity", "target")
+    headers = ("rank", "learning_rate", SCALED_LR, "batch", "adapter params", "capacity", "target")
     rows = [_candidate_row(item, plan["dataset_bits"]) for item in plan["candidates"][:MAX_LISTED]]
     lines = [f"{count:,} admitted, in the order in which they start"]
-    lines += [text_table(headers, rows, numeric=5)] if rows else []
+    lines += [text_table(headers, rows, numeric=6)] if rows else []
     return (
         [*lines, f"  ... and {count - MAX_LISTED:,} more (--json lists all)"]
         if count > MAX_LISTED
@@ -146,13 +148,21 @@ def _candidates(plan: dict[str, Any]) -> list[str]:
 def _candidate_row(item: dict[str, Any], dataset_bits: int) -> tuple[str, ...]:
     c = item["candidate"]
     margin = f"{item['adapter_bits'] / dataset_bits:.2f}x" if dataset_bits else ""
-    numbers = (str(c["lora_rank"]), f"{c['learning_rate']:.2e}", str(c["global_batch_size"]))
-    return (*numbers, f"{item['adapter_params']:,}", margin, "+".join(c["target"]))
+    rates = (f"{c['learning_rate']:.2e}", f"{item['scaled_learning_rate']:.2e}")
+    numbers = (str(c["lora_rank"]), *rates, str(c["global_batch_size"]))
+    return (*numbers, f"{item['adapter_params']:,}", margin, target_text(c))
+
+
+def target_text(candidate: Mapping[str, Any]) -> str:
+    """The adapted layers, and the variant where it is not plain LoRA."""
+    variant = candidate.get("variant")
+    return "+".join(candidate["target"]) + (f" ({variant})" if variant else "")
 
 
 def _discarded(plan: dict[str, Any]) -> list[str]:
     lines = [f"{len(plan['discarded']):,} discarded before any trial"]
     lines += [f"  cut before any draw: {sentence}" for sentence in cut_ranks(plan)]
+    lines += [f"  cut before any draw: {sentence}" for sentence in cut_others(plan)]
     lines += [f"  no room: lora_rank {_ranks(cut)}" for cut in plan["unfit_ranks"]]
     reasons = Counter(item["reason"] for item in plan["discarded"])
     lines += [f"  {count:,} x {reason}" for reason, count in reasons.items()]
@@ -175,6 +185,14 @@ def pitfall_lines(pitfalls: Iterable[dict[str, Any]]) -> list[str]:
         for p in pitfalls
     ]
     return lines or ["no pitfall found"]
+
+
+def cut_others(plan: dict[str, Any]) -> list[str]:
+    """The variants and dropouts that a random or Optuna search never tries, a sentence for each target."""
+    return [
+        f"{cut['key']} {', '.join(map(str, cut['values']))} on {'+'.join(cut['target'])}: {cut['reason']}"
+        for cut in plan.get("cut_values", ())
+    ]
 
 
 def cut_ranks(plan: dict[str, Any]) -> list[str]:

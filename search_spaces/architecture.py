@@ -11,6 +11,7 @@ from search_spaces.config_fields import ShapeFields, UnknownArchitectureError
 from search_spaces.doctrine import COMPONENTS, expert_rank
 from search_spaces.families import read_config
 from search_spaces.linear_shape import LinearShape
+from search_spaces.variants import DORA, PLAIN, parts_of, stored_rank
 
 __all__ = ["COMPONENTS", "LinearShape", "ModelShape", "UnknownArchitectureError", "lora_num_params"]
 
@@ -196,6 +197,25 @@ class ModelShape(ShapeFields):
         else:
             linears = self.resolve_target(components)
         return lora_num_params(linears, lora_rank, self.num_active_experts)
+
+    def held_params(self, lora_rank: int, target: Target, variant: str = PLAIN) -> int:
+        """Exact number of parameters that an adapter holds and saves: those of `lora_params`, twice of a
+        PiSSA (as many are frozen), and an output's magnitude each of a DoRA.
+
+        Raises:
+            ValueError: as `lora_params`.
+        """
+        frozen = self.lora_params(stored_rank(lora_rank, variant), target)
+        frozen -= self.lora_params(lora_rank, target)
+        return self.trained_params(lora_rank, target, variant) + frozen
+
+    def trained_params(self, lora_rank: int, target: Target, variant: str = PLAIN) -> int:
+        """Exact number of parameters of an adapter that get gradients: those of `lora_params`, and a
+        DoRA's magnitudes."""
+        trained = self.lora_params(lora_rank, target)
+        if DORA not in parts_of(variant):
+            return trained
+        return trained + sum(one.out_features * one.count for one in self.resolve_target(target))
 
     def max_useful_lora_rank(self, components: Target = COMPONENTS) -> int:
         """Largest nominal rank that can matter: the smallest side of the adapted matrices.

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from search_spaces import variants
 from search_spaces.domains import Choice, FloatDomain, SearchSpace, TargetDomain
 from search_spaces.values import check_value
 
@@ -24,7 +25,7 @@ class Candidate:
     Attributes:
         learning_rate: peak, > 0.
         lora_rank: nominal rank; 0 where full_finetune.
-        lora_alpha: scale numerator; an adapter's scale is lora_alpha / its rank.
+        lora_alpha: scale numerator; an adapter's scale is lora_alpha / its rank (rsLoRA: its root).
         global_batch_size: examples of one optimizer step, all workers and accumulation together.
         target: component and module names of the model, as `ModelShape.normalize_target` gives.
         lr_schedule: 'constant', 'linear' or 'cosine'.
@@ -34,6 +35,7 @@ class Candidate:
         dropout: in [0, 1).
         seed: of data order and of the adapter's start.
         full_finetune: train all parameters instead of an adapter.
+        variant: 'lora', or what of variants.MEANINGS it is, joined by '+'.
     """
 
     learning_rate: float
@@ -48,12 +50,28 @@ class Candidate:
     dropout: float
     seed: int
     full_finetune: bool = False
+    variant: str = variants.PLAIN
+
+    @property
+    def scale(self) -> float:
+        """The factor on B A x; 0 where full_finetune. Experts, of a lower rank, have a larger one."""
+        if self.full_finetune:
+            return 0.0
+        return variants.scale(self.lora_alpha, self.lora_rank, self.variant)
+
+    @property
+    def scaled_learning_rate(self) -> float:
+        """learning_rate x scale: what a step moves the layer by, as far as rank and alpha decide it."""
+        return self.learning_rate * self.scale
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields; equal candidates give equal dicts (1 and 1.0 are both 1.0)."""
+        """JSON-able fields; equal candidates give equal dicts (1 and 1.0 are both 1.0). Plain LoRA is not
+        named: the trials of before there were variants keep their names."""
         values = asdict(self)
         for key in _FLOAT_KEYS:
             values[key] = float(values[key])
+        if self.variant == variants.PLAIN:
+            del values["variant"]
         return {**values, "target": list(self.target)}
 
     @classmethod
@@ -64,7 +82,8 @@ class Candidate:
             ValueError: a missing or unknown key, or a value out of range.
         """
         names = {field.name for field in fields(cls)}
-        missing, unknown = names - {"full_finetune"} - set(values), set(values) - names
+        missing = names - {"full_finetune", "variant"} - set(values)
+        unknown = set(values) - names
         if missing or unknown:
             raise ValueError(
                 f"a candidate must have the keys {', '.join(sorted(names))}; "
@@ -74,7 +93,7 @@ class Candidate:
         if not isinstance(full, bool):
             raise ValueError(f"full_finetune must be true or false, got {full!r}")
         skipped = {"target", "full_finetune", *(["lora_rank"] if full else [])}
-        checked = {key: check_value(key, values[key]) for key in names - skipped}
+        checked = {key: check_value(key, values[key]) for key in values.keys() - skipped}
         rank = {"lora_rank": values["lora_rank"]} if full else {}
         return cls(**checked, **rank, target=_target(values["target"]), full_finetune=full)
 
@@ -98,7 +117,8 @@ def trial_name(candidate: Candidate) -> str:
     text = json.dumps(candidate.to_dict(), sort_keys=True, allow_nan=False)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     head = "full" if candidate.full_finetune else f"r{candidate.lora_rank}"
-    parts = [head, f"lr{candidate.learning_rate:.1e}", f"b{candidate.global_batch_size}"]
+    parts = [] if candidate.variant == variants.PLAIN else [candidate.variant]
+    parts += [head, f"lr{candidate.learning_rate:.1e}", f"b{candidate.global_batch_size}"]
     if not candidate.full_finetune:
         parts.append(_target_text(candidate.target))
     return "-".join([*parts, digest])
@@ -113,35 +133,55 @@ def grid_candidates(space: SearchSpace) -> Iterator[Candidate]:
     """All combinations of the space's values, lazily.
 
     The learning rate nearest the prior comes first, with every combination of the other keys, then
-    the next nearest: a sweep that is cut short has tried the doctrine's centre.
+    the next nearest: a sweep that is cut short has tried the doctrine's centre. Each variant and alpha
+    has that rate multiplied by its own factor (SearchSpace.rate_factor).
     """
     # Rounded, so that of two equally near rates the lower one is first on every machine.
     rates = sorted(
         space.learning_rate.values(),
         key=lambda rate: (round(abs(math.log(rate / space.prior.lora)), 9), rate),
     )
-    axes = [space.target, space.lora_rank, space.global_batch_size, space.lora_alpha]
-    axes += [space.lr_schedule, space.warmup, space.weight_decay, space.max_grad_norm]
-    axes += [space.dropout, space.seed]
+    axes: list[tuple[Any, ...]] = [getattr(space, name).values() for name in _GRID_FIELDS]
     for rate in rates:
-        for values in itertools.product(*(axis.values() for axis in axes)):
-            yield _candidate(rate, values)
+        for values in itertools.product(*axes):
+            yield make_candidate(
+                space, learning_rate=rate, **dict(zip(_GRID_FIELDS, values, strict=True))
+            )
 
 
-def _candidate(learning_rate: float, values: tuple[Any, ...]) -> Candidate:
-    target, rank, batch, alpha, schedule, warmup, decay, clip, dropout, seed = values
+_GRID_FIELDS = (
+    "target",
+    "lora_rank",
+    "global_batch_size",
+    "lora_alpha",
+    "lr_schedule",
+    "warmup",
+    "weight_decay",
+    "max_grad_norm",
+    "dropout",
+    "seed",
+    "variant",
+)
+"""Fields that a grid goes through for each learning rate, the last one fastest."""
+
+
+def make_candidate(
+    space: SearchSpace,
+    *,
+    learning_rate: float,
+    lora_rank: int,
+    lora_alpha: variants.Alpha,
+    variant: str,
+    **others: Any,
+) -> Candidate:
+    """The candidate of one point of a space's domains: alpha and learning rate as they are at its rank."""
+    alpha = variants.alpha_at(lora_alpha, lora_rank)
     return Candidate(
-        learning_rate=learning_rate,
-        lora_rank=rank,
+        learning_rate=learning_rate * space.rate_factor(variant, alpha, lora_rank),
+        lora_rank=lora_rank,
         lora_alpha=alpha,
-        global_batch_size=batch,
-        target=target,
-        lr_schedule=schedule,
-        warmup=warmup,
-        weight_decay=decay,
-        max_grad_norm=clip,
-        dropout=dropout,
-        seed=seed,
+        variant=variant,
+        **others,
     )
 
 
@@ -179,12 +219,15 @@ def _draw(
             domain = cut[rng.randrange(len(cut))]
             target = domain.target
             ranks, dropouts = Choice(options=domain.lora_ranks), Choice(options=domain.dropouts)
+            kinds: Choice[str] = Choice(options=domain.variants)
         else:
             target, ranks, dropouts = space.target.sample(rng), space.lora_rank, space.dropout
-        yield Candidate(
+            kinds = space.variant
+        yield make_candidate(
+            space,
             learning_rate=space.learning_rate.sample(rng),
             lora_rank=ranks.sample(rng),
-            lora_alpha=_sample(space.lora_alpha, rng),
+            lora_alpha=space.lora_alpha.sample(rng),
             global_batch_size=space.global_batch_size.sample(rng),
             target=target,
             lr_schedule=space.lr_schedule.sample(rng),
@@ -193,6 +236,8 @@ def _draw(
             max_grad_norm=_sample(space.max_grad_norm, rng),
             dropout=dropouts.sample(rng),
             seed=space.seed.sample(rng),
+            # Last, and no draw for a single one: the draws of before there were variants stay.
+            variant=kinds.sample(rng) if len(kinds.options) > 1 else next(iter(kinds.options)),
         )
 
 

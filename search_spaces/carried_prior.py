@@ -27,6 +27,7 @@ from search_spaces.domains import SearchSpace
 from search_spaces.priors import LearningRatePrior
 from search_spaces.studies.optimum import arm_optimum
 from search_spaces.studies.points import Point, Unsettled, rounded_rate
+from search_spaces.variants import PLAIN, lr_factor
 
 LEAST_RATES = 3
 ONE_SEED_DECADES = 0.125
@@ -47,7 +48,7 @@ class SmallOptimum:
         hidden_size: its width, >= 1.
         log10_lr, low, high: log10 of the learning rate and of the ends of its 95% interval.
         lora_ranks: that it was measured at, ascending.
-        lora_alpha, global_batch_size, target: of all of them.
+        lora_alpha, global_batch_size, target, variant: of all of them.
         num_rates, num_seeds: learning rates, and most seeds of an arm.
     """
 
@@ -62,6 +63,7 @@ class SmallOptimum:
     target: tuple[str, ...]
     num_rates: int
     num_seeds: int
+    variant: str = PLAIN
 
 
 def small_optimum(
@@ -70,7 +72,7 @@ def small_optimum(
     """The optimum of those runs that are most like what the big sweep will try.
 
     The best learning rate depends on alpha, on the batch and on the adapted layers, and little on the
-    rank. So the runs of one (alpha, batch, target) are taken, each rank is fitted as the studies do, and
+    rank. So the runs of one (alpha, batch, target, variant) are taken, each rank is fitted as the studies do, and
     the optima of those that have one are averaged in log10; the interval holds all of theirs.
 
     Args:
@@ -103,6 +105,7 @@ def small_optimum(
         lora_alpha=first.lora_alpha,
         global_batch_size=first.global_batch_size,
         target=first.target,
+        variant=first.variant,
         num_rates=len({rate for arm, _ in fits for rate in _rates(arm)}),
         num_seeds=max(len({candidate.seed for candidate, _ in arm}) for arm, _ in fits),
     )
@@ -117,22 +120,30 @@ class _Fit(NamedTuple):
 
 
 def _most_alike(runs: Sequence[Run], wanted: SearchSpace, where: str) -> list[Run]:
-    """The runs of the (alpha, batch, target) that comes nearest to the big sweep's; of equals, the one
+    """The runs of the (alpha, batch, target, variant) that comes nearest to the big sweep's; of equals, the one
     with the lowest loss."""
-    groups: dict[tuple[float, int, tuple[str, ...]], list[Run]] = {}
+    groups: dict[tuple[float, int, tuple[str, ...], str], list[Run]] = {}
     for candidate, loss in runs:
-        key = (candidate.lora_alpha, candidate.global_batch_size, candidate.target)
+        key = (
+            candidate.lora_alpha,
+            candidate.global_batch_size,
+            candidate.target,
+            candidate.variant,
+        )
         groups.setdefault(key, []).append((candidate, loss))
     if not groups:
         raise ValueError(
             f"lr_prior from {where}: must hold finished LoRA trials, holds none; run the small sweep to its end"
         )
 
-    def distance(key: tuple[float, int, tuple[str, ...]]) -> tuple[bool, bool, float, float]:
-        alpha, batch, target = key
+    def distance(
+        key: tuple[float, int, tuple[str, ...], str],
+    ) -> tuple[bool, bool, bool, float, float]:
+        alpha, batch, target, variant = key
         batches = wanted.global_batch_size.options
         return (
-            alpha not in wanted.lora_alpha.values(),
+            variant not in wanted.variant.options,
+            alpha not in wanted.alphas(),
             target not in wanted.target.options,
             min(abs(math.log(batch / other)) for other in batches),
             min(loss for _, loss in groups[key]),
@@ -217,7 +228,7 @@ def carried_prior(
     factors = width_factors(optimum.hidden_size, hidden_size)
     logs = {name: math.log10(factor) for name, factor in factors.items()}
     shift = logs["doctrine"]
-    centre = optimum.log10_lr + shift
+    centre = optimum.log10_lr + shift - _variant_decades(optimum)
     below = math.hypot(optimum.log10_lr - optimum.low, shift - min(logs.values()))
     above = math.hypot(optimum.high - optimum.log10_lr, max(logs.values()) - shift)
     lora, low, high = 10**centre, 10 ** (centre - below), 10 ** (centre + above)
@@ -229,6 +240,13 @@ def carried_prior(
         source=_source(optimum, hidden_size, factors, (low, high), wanted),
         interval=(low, high),
     )
+
+
+def _variant_decades(optimum: SmallOptimum) -> float:
+    """log10 of what the optimum's variant does to a learning rate: a prior is plain LoRA's."""
+    alpha = optimum.lora_alpha
+    factors = [lr_factor(optimum.variant, alpha, rank, alpha) for rank in optimum.lora_ranks]
+    return fmean(math.log10(factor) for factor in factors)
 
 
 def _source(
@@ -245,18 +263,24 @@ def _source(
         f"measured at hidden {optimum.hidden_size} in {optimum.where}: {10**optimum.log10_lr:.3g} (95% "
         f"{low:.3g} to {high:.3g}; {optimum.num_rates} learning rates, {optimum.num_seeds} seed(s), rank "
         f"{ranks}, alpha {optimum.lora_alpha:g}, batch {optimum.global_batch_size}, "
-        f"{'+'.join(optimum.target)})",
+        f"{'+'.join(optimum.target)}{_variant_text(optimum)})",
         f"x {factors['doctrine']:.3g} to hidden {hidden_size}, {doctrine.LR_LEVEL.source}; interval "
         f"{interval[0]:.3g} to {interval[1]:.3g} with what the published laws leave open ({laws})",
     ]
     return "; ".join([*parts, *_differences(optimum, wanted)])
 
 
+def _variant_text(optimum: SmallOptimum) -> str:
+    if optimum.variant == PLAIN:
+        return ""
+    return f", {optimum.variant}: x {10 ** -_variant_decades(optimum):.3g} for plain LoRA"
+
+
 def _differences(optimum: SmallOptimum, wanted: SearchSpace) -> list[str]:
     """What of the big sweep the small one did not try; nothing is corrected for it."""
     new = {
         "lora_rank": set(wanted.lora_rank.options) - set(optimum.lora_ranks),
-        "lora_alpha": set(wanted.lora_alpha.values()) - {optimum.lora_alpha},
+        "lora_alpha": wanted.alphas() - {optimum.lora_alpha},
         "global_batch_size": set(wanted.global_batch_size.options) - {optimum.global_batch_size},
         "target": {"+".join(target) for target in wanted.target.options}
         - {"+".join(optimum.target)},

@@ -14,6 +14,7 @@ Method = Literal["sft", "rl"]
 BLOG = "LoRA Without Regret (Thinking Machines, 2025)"
 USER_DOCTRINE = "docs/doctrine.md, section 1"
 STUDY_DOCTRINE = "docs/doctrine.md, section 4"
+QLORA_DOCTRINE = "docs/doctrine.md, section 5"
 TINKER = "tinker-cookbook hyperparam_utils.py (Thinking Machines, 2025)"
 COOKBOOKS = "TRL and tinker-cookbook GRPO recipes"
 
@@ -200,11 +201,25 @@ COMPUTE = Rule(
     source=BLOG,
     evidence="(2N^2 + 6NR) / (3N^2) multiply-adds; measured: slower than FullFT up to 2.3x faster",
 )
-ALPHA_EQUALS_RANK_EXPONENTS = Rule(
-    key="alpha_equals_rank_exponents",
-    value=(-0.5, -0.25),
+ALPHA_LR_EXPONENT = Rule(
+    key="alpha_lr_exponent",
+    value=-0.5,
     source=USER_DOCTRINE,
-    evidence="with alpha = r the best LR goes as r^-0.5, with rsLoRA as r^-0.25",
+    evidence="the best LR goes as (scale x rank)^-0.5: r^0 at constant alpha, r^-0.5 with alpha = r, r^-0.25 with "
+    "rsLoRA; docs/studies: 2.1x higher at alpha 8 than at 32 (this says 2)",
+)
+VARIANT_LR = Rule[dict[str, float]](
+    key="variant_lr",
+    value={"dora": 0.7, "lora_plus": 0.5, "pissa": 0.1},
+    source=QLORA_DOCTRINE,
+    evidence="best LR over plain LoRA's: DoRA 0.5 to 1, PiSSA about 0.1; LoRA+ that of A, its authors' advice "
+    "(github.com/nikhil-ghosh-berkeley/loraplus); none was measured here",
+)
+LORA_PLUS_RATIO = Rule(
+    key="lora_plus_ratio",
+    value=16.0,
+    source=QLORA_DOCTRINE,
+    evidence="LR of B over that of A: about 16; it depends on model and task",
 )
 
 
@@ -239,8 +254,8 @@ RULES: tuple[Rule[object], ...] = (
     *(TINKER_LR_LEVEL, TINKER_EXPONENTS, RL_FULL_FT_LR, RL_LR_GRID, LR_GRID_DECADES),
     *(LR_GRID_STEP_DECADES, LR_EXTRAPOLATED_DECADES, LR_COVERAGE, BATCH_RANGE, ALPHA, DROPOUT),
     *(TARGET, BITS_PER_PARAM, BITS_AT_EXPOSURES, BITS_PER_TOKEN, BITS_PER_EPISODE),
-    *(QUICK_PARAMS_FACTOR, RL_RANK_WARNING, MOE_RANK, COMPUTE, ALPHA_EQUALS_RANK_EXPONENTS),
-    RANK_TABLE,
+    *(QUICK_PARAMS_FACTOR, RL_RANK_WARNING, MOE_RANK, COMPUTE, ALPHA_LR_EXPONENT),
+    *(VARIANT_LR, LORA_PLUS_RATIO, RANK_TABLE),
 )
 """Every rule, for `tenfold plan` and the documentation to print."""
 
@@ -392,20 +407,6 @@ def expert_rank_note(lora_rank: int, num_active_experts: int) -> str:
     rank = expert_rank(lora_rank, num_active_experts)
     floored = " (floor: never below 1)" if lora_rank < num_active_experts else ""
     return f"rank {lora_rank} / {num_active_experts} active experts = {rank} per expert{floored}"
-
-
-def alpha_equals_rank_factor(lora_rank: int, reference_rank: int, *, rslora: bool = False) -> float:
-    """Factor on the best learning rate when alpha = rank goes from reference_rank to lora_rank.
-
-    Args:
-        lora_rank: the new rank (and alpha), >= 1.
-        reference_rank: the rank (and alpha) at which the learning rate is known, >= 1.
-        rslora: scaling alpha / sqrt(rank) instead of alpha / rank.
-
-    Source: ALPHA_EQUALS_RANK_EXPONENTS. With alpha constant the factor is 1: do not use this.
-    """
-    plain, root = ALPHA_EQUALS_RANK_EXPONENTS.value
-    return (lora_rank / reference_rank) ** (root if rslora else plain)
 
 
 def lora_compute_frac(hidden_size: int, lora_rank: int) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from search_spaces.priors import LearningRatePrior
+from search_spaces.variants import Alpha, alpha_at, lr_factor
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -59,6 +60,7 @@ class Choice(Generic[T_co]):
 
 
 FloatDomain = LogUniform | Choice[float]
+AlphaDomain = LogUniform | Choice[Alpha]
 
 
 class Note(NamedTuple):
@@ -76,13 +78,17 @@ class SearchSpace:
     Attributes:
         epochs: passes over the data, a single option; None where `examples` is the budget.
         examples: examples that a trial sees, a single option; None where `epochs` is.
+        learning_rate: of plain LoRA at reference_alpha; see rate_factor.
+        lora_alpha: numbers, or rules that say it of a rank; never both kinds.
         prior: where the learning rates are centred; `grid_candidates` starts there.
+        reference_alpha: the constant alpha that `learning_rate` is meant for; None: every candidate has the
+            learning rate as it stands, since the user gave it.
         notes: every value with its source, for the plan; more than one note may share a key.
     """
 
     learning_rate: FloatDomain
     lora_rank: Choice[int]
-    lora_alpha: FloatDomain
+    lora_alpha: AlphaDomain
     global_batch_size: Choice[int]
     target: Choice[tuple[str, ...]]
     lr_schedule: Choice[str]
@@ -95,6 +101,19 @@ class SearchSpace:
     examples: Choice[int | None]
     prior: LearningRatePrior
     notes: tuple[Note, ...]
+    variant: Choice[str] = Choice(options=("lora",))
+    reference_alpha: float | None = None
+
+    def rate_factor(self, variant: str, lora_alpha: float, lora_rank: int) -> float:
+        """What a learning rate of this space is multiplied by for a variant and an alpha."""
+        if self.reference_alpha is None:
+            return 1.0
+        return lr_factor(variant, lora_alpha, lora_rank, self.reference_alpha)
+
+    def alphas(self) -> set[float]:
+        """lora_alpha of all ranks."""
+        pairs = ((a, r) for a in self.lora_alpha.values() for r in self.lora_rank.options)
+        return {alpha_at(alpha, rank) for alpha, rank in pairs}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +126,7 @@ class TargetDomain:
         cut_lora_ranks: ranks that do not.
         dropouts: dropouts that can be trained on this target.
         cut_dropouts: dropouts that cannot.
+        variants, cut_variants: the same of LoRA's variants.
         sufficient_rank: smallest rank that holds the data.
         unfit_lora_ranks: ranks that hold the data and have no room in memory.
     """
@@ -118,8 +138,10 @@ class TargetDomain:
     cut_dropouts: tuple[float, ...]
     sufficient_rank: int
     unfit_lora_ranks: tuple[int, ...] = ()
+    variants: tuple[str, ...] = ("lora",)
+    cut_variants: tuple[str, ...] = ()
 
     @property
     def admissible(self) -> bool:
         """Whether any candidate is left."""
-        return bool(self.lora_ranks and self.dropouts)
+        return bool(self.lora_ranks and self.dropouts and self.variants)

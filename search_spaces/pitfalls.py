@@ -11,6 +11,7 @@ from search_spaces.candidate import Candidate
 from search_spaces.capacity import Real, check_capacity
 from search_spaces.domains import SearchSpace
 from search_spaces.priors import LearningRatePrior, learning_rate_prior
+from search_spaces.variants import RankMultiple, alpha_at
 
 Severity = Literal["error", "warning", "note"]
 
@@ -52,6 +53,8 @@ class _Facts:
     prior: LearningRatePrior
     num_examples: float | None
     dataset_bits: Real | None
+    alpha_rule: bool
+    """Whether alpha is a multiple of the rank, so that the prior was rescaled for it."""
 
     def components(self, target: tuple[str, ...]) -> set[str]:
         return {linear.component for linear in self.shape.resolve_target(target)}
@@ -98,6 +101,7 @@ def find(
         prior,
         _examples_seen(space, num_examples, epochs),
         dataset_bits,
+        alpha_rule=space is not None and isinstance(space.lora_alpha.values()[0], RankMultiple),
     )
     found = [pitfall for check in _CHECKS for pitfall in [check(facts)] if pitfall]
     return sorted(found, key=lambda pitfall: ("error", "warning", "note").index(pitfall.severity))
@@ -132,7 +136,7 @@ def _space_items(space: SearchSpace | None) -> set[_Item]:
         (False, target, rank, alpha, dropout, batch, None)
         for target in space.target.options
         for rank in space.lora_rank.options
-        for alpha in space.lora_alpha.values()
+        for alpha in {alpha_at(alpha, rank) for alpha in space.lora_alpha.values()}
         for dropout in space.dropout.options
         for batch in space.global_batch_size.options
     }
@@ -163,6 +167,8 @@ def _facts(
     prior: LearningRatePrior,
     num_examples: float | None,
     dataset_bits: Real | None,
+    *,
+    alpha_rule: bool,
 ) -> _Facts:
     lora = [item for item in items if not item[0]]
     lora_rates = rates | {item[6] for item in lora if item[6] is not None}
@@ -179,6 +185,7 @@ def _facts(
         prior=prior,
         num_examples=num_examples,
         dataset_bits=dataset_bits,
+        alpha_rule=alpha_rule,
     )
 
 
@@ -287,7 +294,7 @@ def _undercapacity(facts: _Facts) -> Pitfall | None:
 
 def _wrong_alpha(facts: _Facts) -> Pitfall | None:
     bad = [(a, rank) for a, rank in facts.scales if a not in (doctrine.ALPHA.value, rank)]
-    if not bad:
+    if facts.alpha_rule or not bad:
         return None
     pairs = ", ".join(f"alpha {alpha:g} at rank {rank}" for alpha, rank in bad)
     return Pitfall(

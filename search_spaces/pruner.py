@@ -12,10 +12,12 @@ from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate
 from search_spaces.capacity import Real, check_capacity, sufficient_rank, whole_bits
 from search_spaces.domains import SearchSpace, TargetDomain
+from search_spaces.variants import ON_EXPERTS, parts_of
 
 Policy = Literal["discard", "advisory"]
 CAPACITY = "capacity"
 EXPERT_DROPOUT = "expert_dropout"
+EXPERT_VARIANT = "expert_variant"
 MEMORY = "memory"
 """The rule of cluster/, which this package cannot see: its numbers hold needed_bytes and room_bytes."""
 
@@ -30,7 +32,7 @@ class Discarded:
 
     Attributes:
         candidate: as it was proposed.
-        rule: 'capacity', 'expert_dropout', or the name of a rule from outside ('memory').
+        rule: 'capacity', 'expert_dropout', 'expert_variant', or the name of a rule from outside ('memory').
         reason: one sentence for a person.
         numbers: what the sentence says, for plan.json; shared between equal verdicts.
     """
@@ -154,29 +156,34 @@ def prune(
 
 
 class _Judge:
-    """Verdicts, each worked out once for every (target, rank, dropout) that occurs."""
+    """Verdicts, each worked out once for every (target, rank, dropout, variant) that occurs."""
 
     def __init__(self, shape: ModelShape, bits: int) -> None:
         self._shape = shape
         self._bits = bits
         self._sufficient: dict[tuple[str, ...], int] = {}
-        self._verdicts: dict[tuple[tuple[str, ...], int, float], Verdict | None] = {}
+        self._verdicts: dict[tuple[tuple[str, ...], int, float, str], Verdict | None] = {}
 
     def verdict(self, candidate: Candidate) -> Verdict | None:
         """Why the candidate is cut, or None."""
         if candidate.full_finetune:
             return None
-        key = (candidate.target, candidate.lora_rank, candidate.dropout)
+        key = (candidate.target, candidate.lora_rank, candidate.dropout, candidate.variant)
         try:
             return self._verdicts[key]
         except KeyError:
             verdict = self._verdicts[key] = self.work_out(*key)
             return verdict
 
-    def work_out(self, target: tuple[str, ...], rank: int, dropout: float) -> Verdict | None:
+    def work_out(
+        self, target: tuple[str, ...], rank: int, dropout: float, variant: str
+    ) -> Verdict | None:
         """The verdict for one point of the keys that are judged."""
-        if dropout > 0 and _has_experts(self._shape, target):
-            return _dropout_verdict(target, dropout)
+        if _has_experts(self._shape, target):
+            if dropout > 0:
+                return _dropout_verdict(target, dropout)
+            if not parts_of(variant) <= ON_EXPERTS:
+                return _variant_verdict(target, variant)
         if target not in self._sufficient:
             self._sufficient[target] = sufficient_rank(self._shape, self._bits, target)
         if rank >= self._sufficient[target]:
@@ -194,6 +201,16 @@ def _dropout_verdict(target: tuple[str, ...], dropout: float) -> Verdict:
         reason=f"dropout {dropout:g} on {'+'.join(target)}: fused experts are parameters, on which "
         "PEFT allows no dropout; set dropout: 0",
         numbers={"dropout": dropout},
+    )
+
+
+def _variant_verdict(target: tuple[str, ...], variant: str) -> Verdict:
+    return Verdict(
+        rule=EXPERT_VARIANT,
+        reason=f"variant {variant} on {'+'.join(target)}: fused experts are parameters, on which PEFT allows "
+        f"no {' and no '.join(sorted(parts_of(variant) - ON_EXPERTS))}; set variant: lora, or leave experts "
+        "out of target",
+        numbers={},
     )
 
 
@@ -225,7 +242,7 @@ def cut_rank_domain(
     policy: str = "discard",
     fits: FitRule | None = None,
 ) -> tuple[TargetDomain, ...]:
-    """What is left of the ranks and dropouts for each target, before a searcher samples.
+    """What is left of the ranks, dropouts and variants for each target, before a searcher samples.
 
     Args: as `prune`; under 'advisory' capacity cuts no rank. fits: which ranks have room on a target.
 
@@ -245,10 +262,11 @@ def cut_rank_domain(
         # The grid of the cut keys alone holds every verdict, with its numbers.
         judge = _Judge(shape, bits)
         verdicts = (
-            judge.work_out(target, rank, dropout) or (fits and fits(rank, target))
+            judge.work_out(target, rank, dropout, variant) or (fits and fits(rank, target))
             for target in space.target.options
             for rank in space.lora_rank.options
             for dropout in space.dropout.options
+            for variant in space.variant.options
         )
         raise NothingAdmittedError(_nothing_message([verdict for verdict in verdicts if verdict]))
     return domains
@@ -261,6 +279,7 @@ def _cut_target(
     experts = _has_experts(shape, target)
     ranks = sorted(space.lora_rank.options)
     dropouts = space.dropout.options
+    cut = {v for v in space.variant.options if experts and not parts_of(v) <= ON_EXPERTS}
     return TargetDomain(
         target=target,
         lora_ranks=tuple(rank for rank in ranks if advisory or rank >= needed),
@@ -268,6 +287,8 @@ def _cut_target(
         dropouts=tuple(dropout for dropout in dropouts if not (experts and dropout)),
         cut_dropouts=tuple(dropout for dropout in dropouts if experts and dropout),
         sufficient_rank=needed,
+        variants=tuple(variant for variant in space.variant.options if variant not in cut),
+        cut_variants=tuple(variant for variant in space.variant.options if variant in cut),
     )
 
 

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from search_spaces import doctrine
+from search_spaces import doctrine, variants
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate, grid_candidates, random_candidates, trial_name
 from search_spaces.capacity import Real, dataset_bits, episode_bits, sufficient_rank
@@ -71,7 +71,8 @@ def build_space(
         method: 'sft' or 'rl'.
         dataset: bits that the adapter must hold; None leaves the doctrine's ranks as they are.
         overrides: key -> scalar, list, or {low, high, num} (log-spaced). A rank given here is
-            taken as given: it is not extended. `target`: see `values.parse_targets`.
+            taken as given: it is not extended. Learning rates given here are taken as given by every
+            variant and alpha. `target`: see `values.parse_targets`.
         lr_prior: see `priors.learning_rate_prior`.
         full_ft_learning_rate: see there.
         size_class: row of the rank table; default by parameter count.
@@ -100,11 +101,48 @@ def build_space(
     for key in given.keys() - {"target"}:
         domains[key] = parse_domain(key, given[key])
         sources[key] = "given"
+    domains["reference_alpha"] = _reference_alpha(domains["lora_alpha"], given)
     notes += [Note(key, _text(domains[key]), source) for key, source in sources.items()]
     notes += rank_notes if "lora_rank" not in given else []
     notes += _expert_notes(shape, domains["lora_rank"], domains["target"])
     _check_budget(given)
-    return SearchSpace(**domains, prior=prior, notes=tuple(notes))
+    space = SearchSpace(**domains, prior=prior, notes=tuple(notes))
+    return replace(space, notes=(*space.notes, *_factor_notes(space)))
+
+
+def _reference_alpha(alphas: Any, given: Mapping[str, object]) -> float | None:
+    """The alpha that the prior is meant for: the only one, where it is a number; else the doctrine's."""
+    if "learning_rate" in given:
+        return None
+    values = alphas.values()
+    constant = len(values) == 1 and not isinstance(values[0], variants.RankMultiple)
+    return float(values[0]) if constant else doctrine.ALPHA.value
+
+
+def _factor_notes(space: SearchSpace) -> list[Note]:
+    """What the learning rates are multiplied by for variants, and for alphas that are not constant."""
+    notes: list[Note] = []
+    for variant in space.variant.options:
+        found = {
+            f"rank {rank} alpha {alpha:g}": space.rate_factor(variant, alpha, rank)
+            for rank in space.lora_rank.options
+            for alpha in sorted({variants.alpha_at(a, rank) for a in space.lora_alpha.values()})
+        }
+        if space.reference_alpha is None or set(found.values()) == {1.0}:
+            continue
+        texts = [f"{where} x{factor:.3g}" for where, factor in found.items()]
+        text = f"x{min(found.values()):.3g}" if len(set(found.values())) == 1 else ", ".join(texts)
+        source = _factor_source(variant, space.reference_alpha)
+        notes.append(Note("learning_rate", f"{variant}: {text}", source))
+    return notes
+
+
+def _factor_source(variant: str, reference_alpha: float) -> str:
+    exponent, own = doctrine.ALPHA_LR_EXPONENT, doctrine.VARIANT_LR
+    text = f"(scale x rank / {reference_alpha:g})^{exponent.value:g} ({exponent.source})"
+    for name in sorted(variants.parts_of(variant) & own.value.keys()):
+        text += f" x {own.value[name]:g} of {name} ({own.source})"
+    return text
 
 
 def _targets(
@@ -180,6 +218,7 @@ def _fixed_defaults(budget_in_examples: bool) -> dict[str, Choice[Any]]:
     return {
         "global_batch_size": Choice(options=doctrine.ranks_in_range(low, high)),
         "lora_alpha": Choice(options=(doctrine.ALPHA.value,)),
+        "variant": Choice(options=(variants.PLAIN,)),
         "dropout": Choice(options=(doctrine.DROPOUT.value,)),
         "lr_schedule": Choice(options=("constant",)),
         "warmup": Choice(options=(0.0,)),
@@ -201,6 +240,7 @@ def _default_sources(
         f"{doctrine.RANK_TABLE.source}",
         "global_batch_size": f"{doctrine.BATCH_RANGE.source}; {doctrine.BATCH_RANGE.evidence}",
         "lora_alpha": f"{doctrine.ALPHA.source}; {doctrine.ALPHA.evidence}",
+        "variant": f"{TENFOLD_DEFAULT}; the LR ratio was fitted with plain LoRA",
         "dropout": f"{doctrine.DROPOUT.source}; {doctrine.DROPOUT.evidence}",
         "lr_schedule": f"{TENFOLD_DEFAULT}; the LR ratio was fitted with a constant LR",
         "warmup": TENFOLD_DEFAULT,

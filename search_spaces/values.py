@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from search_spaces.domains import Choice, LogUniform
+from search_spaces.variants import MEANINGS, PLAIN, RankMultiple, canonical, parse_alpha
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -19,6 +20,8 @@ class _Key:
     """Counts: log ranges are rounded to integers."""
     single: bool = False
     """Only one value for the whole sweep."""
+    word: bool = False
+    """A name, not a number."""
 
 
 KEYS: Mapping[str, _Key] = {
@@ -26,7 +29,14 @@ KEYS: Mapping[str, _Key] = {
     "lora_rank": _Key(must="an integer >= 1", holds=lambda v: v >= 1, whole=True),
     "lora_alpha": _Key(must="a finite number > 0", holds=lambda v: v > 0),
     "global_batch_size": _Key(must="an integer >= 1", holds=lambda v: v >= 1, whole=True),
-    "lr_schedule": _Key(must=f"one of {', '.join(SCHEDULES)}", holds=lambda v: v in SCHEDULES),
+    "lr_schedule": _Key(
+        must=f"one of {', '.join(SCHEDULES)}", holds=lambda v: v in SCHEDULES, word=True
+    ),
+    "variant": _Key(
+        must=f"{PLAIN}, or one or more of {', '.join(MEANINGS)} joined by '+'",
+        holds=lambda v: bool(canonical(v)),
+        word=True,
+    ),
     "warmup": _Key(must="a finite number >= 0", holds=lambda v: v >= 0),
     "weight_decay": _Key(must="a finite number >= 0", holds=lambda v: v >= 0),
     "max_grad_norm": _Key(must="a finite number >= 0 (0: no clipping)", holds=lambda v: v >= 0),
@@ -44,14 +54,16 @@ def check_value(key: str, value: object) -> Any:
         ValueError: names the key, what must hold and what was found.
     """
     rule = KEYS[key]
-    if key == "lr_schedule":
+    if rule.word:
         good = isinstance(value, str)
     else:
         kinds = int if rule.whole else (int, float)
         good = not isinstance(value, bool) and isinstance(value, kinds) and math.isfinite(value)
     if not good or not rule.holds(value):
         raise ValueError(f"{key} must be {rule.must}, got {value!r}")
-    if key == "lr_schedule" or rule.whole:
+    if key == "variant":
+        return canonical(cast(str, value))
+    if rule.word or rule.whole:
         return value
     return float(cast(float, value))
 
@@ -77,14 +89,25 @@ def parse_domain(key: str, value: object) -> LogUniform | Choice[Any]:
         return _parse_range(key, cast(Mapping[str, object], value))
     listed = isinstance(value, (list, tuple))
     items = list(cast(Sequence[object], value)) if listed else [value]
-    options = tuple(check_value(key, item) for item in items)
+    options = tuple(_option(key, item) for item in items)
     if not options:
         raise ValueError(f"{key} must have at least one value, got an empty list")
     if len(set(options)) < len(options):
         raise ValueError(f"{key} must not list a value twice, got {value!r}")
     if KEYS[key].single and len(options) > 1:
         raise ValueError(f"{key} must be one value for the whole sweep, got {value!r}")
+    if len({isinstance(option, RankMultiple) for option in options}) > 1:
+        raise ValueError(
+            f"{key} must follow one convention, numbers or multiples of the rank, got {value!r}; of the two "
+            "together nobody can tell rank and learning rate apart"
+        )
     return Choice(options=options)
+
+
+def _option(key: str, item: object) -> Any:
+    if key == "lora_alpha" and isinstance(item, str):
+        return parse_alpha(item)
+    return check_value(key, item)
 
 
 def _parse_range(key: str, value: Mapping[str, object]) -> LogUniform | Choice[Any]:
@@ -92,7 +115,8 @@ def _parse_range(key: str, value: Mapping[str, object]) -> LogUniform | Choice[A
     if (
         set(value) != {"low", "high", "num"}
         or rule.single
-        or key in ("lr_schedule", "seed", "dropout")
+        or rule.word
+        or key in ("seed", "dropout")
     ):
         raise ValueError(
             f"{key} must be a value, a list, or (numbers) {{low, high, num}}, got {value!r}"

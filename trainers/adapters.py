@@ -6,7 +6,7 @@ batched product for all segments of the batch (lowrank.py), whatever their numbe
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,19 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from search_spaces import doctrine
 from search_spaces.architecture import LinearShape
+from search_spaces.variants import (
+    DORA,
+    LORA_PLUS,
+    ON_EXPERTS,
+    PISSA,
+    PLAIN,
+    parts_of,
+    scale,
+    stored_rank,
+)
+from trainers.dora import Magnitudes, Scaled, adapted_norms, dense_weight, row_norms
 from trainers.dropout import DropoutTokens, keep_mask
 from trainers.experts import (
     AdaptedExperts,
@@ -29,6 +41,7 @@ from trainers.lowrank import (
     Segments,
     make_segments,
 )
+from trainers.pissa import principal
 from trainers.sharding import Sharding, is_sharded
 from trainers.store import EXP_AVG, EXP_AVG_SQ, GRAD, WEIGHT, AdapterStore, LayerSize
 from trainers.targets import layer_size, matching_layers, module_of, peft_prefixes
@@ -40,10 +53,11 @@ class AdapterSpec:
 
     Args:
         lora_rank: R of A and B, >= 1; each expert's is divided by the experts that a token passes.
-        lora_alpha: the product B A is scaled by lora_alpha / (the rank there).
+        lora_alpha: the product B A is scaled by lora_alpha / (the rank there), of rsLoRA by its root.
         linears: the adapted layers, from `ModelShape.resolve_target`.
         dropout: probability of dropping an input of A, in [0, 1).
         seed: of A's initialisation and of the dropout masks.
+        variant: 'lora', or what of search_spaces.variants it is, joined by '+'.
     """
 
     lora_rank: int
@@ -51,10 +65,31 @@ class AdapterSpec:
     linears: tuple[LinearShape, ...]
     dropout: float = 0.0
     seed: int = 0
+    variant: str = PLAIN
+
+    def has(self, part: str) -> bool:
+        """Whether the variant is, among others, this one."""
+        return part in parts_of(self.variant)
 
     def scaling(self, size: LayerSize) -> float:
         """The factor on B A x in a layer."""
-        return self.lora_alpha / size.rank(self.lora_rank)
+        return scale(self.lora_alpha, size.rank(self.lora_rank), self.variant)
+
+    @property
+    def held_rank(self) -> int:
+        """R as it is held and saved: a PiSSA's start is subtracted by R frozen ranks beside its own."""
+        return stored_rank(self.lora_rank, self.variant)
+
+    @property
+    def held_alpha(self) -> float:
+        """lora_alpha that gives `scaling` at held_rank."""
+        if self.held_rank == self.lora_rank:
+            return self.lora_alpha
+        return (
+            self.lora_alpha
+            * scale(1, self.lora_rank, self.variant)
+            / scale(1, self.held_rank, self.variant)
+        )
 
 
 @dataclass
@@ -65,6 +100,8 @@ class PackContext:
     """Whose rows the batch holds; None: the base alone."""
     dropout: DropoutTokens | None = None
     """The batch's tokens, for dropout; None: no dropout (evaluation, or no adapter has any)."""
+    weights_version: int = 0
+    """Counts up where adapters' weights may have changed, so that a DoRA's norms are taken anew."""
 
 
 class AdaptedLayer(nn.Module):
@@ -79,6 +116,12 @@ class AdaptedLayer(nn.Module):
         self.dropout_keys: dict[int, int] = {}
         self.matrices: Matrices | None = None
         self.dropout_keys_S = torch.zeros(0, dtype=torch.int64)
+        self.magnitudes: Magnitudes | None = None
+        self.doras: dict[int, int] = {}
+        """Rank of each slot that is a DoRA here."""
+        self.norms_O: torch.Tensor | None = None
+        """|W| by rows, once a DoRA came."""
+        self._norms: dict[int, tuple[int, torch.Tensor]] = {}
 
     @property
     def weight(self) -> torch.Tensor:
@@ -97,10 +140,46 @@ class AdaptedLayer(nn.Module):
         keep = self._keep_mask(x, segments)
         if type(self.base) in PLAIN_LINEARS:
             weight, bias = self.base.weight, self.base.bias
-            return AdaptedLinear.apply(
+            out = AdaptedLinear.apply(
                 x, weight, bias, segments.anchor, self.matrices, segments, keep
             )
-        return LowRankAdded.apply(x, self.base(x), segments.anchor, self.matrices, segments, keep)
+        else:
+            out = LowRankAdded.apply(
+                x, self.base(x), segments.anchor, self.matrices, segments, keep
+            )
+        return out if self.doras.keys().isdisjoint(segments.slots) else self._scaled(out, segments)
+
+    def _scaled(self, out: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """The output under the magnitudes of those segments that are DoRAs."""
+        assert self.magnitudes is not None
+        m_SO, plain = self.magnitudes.m_SO, torch.ones_like(self.magnitudes.m_SO[0])
+        gains, per_norm = [], []
+        for slot in segments.slots:
+            is_dora = slot in self.doras
+            per_norm.append(1 / self._norms_of(slot) if is_dora else torch.zeros_like(plain))
+            gains.append(m_SO[slot] * per_norm[-1] - 1 if is_dora else torch.zeros_like(plain))
+        bias = getattr(self.base, "bias", None)
+        return Scaled.apply(
+            out,
+            bias,
+            segments.anchor,
+            torch.stack(gains),
+            torch.stack(per_norm),
+            self.magnitudes,
+            segments.slots,
+        )
+
+    def _norms_of(self, slot: int) -> torch.Tensor:
+        """|W + s B A| by rows of a slot; the same for all chunks of a forward."""
+        assert self.matrices is not None
+        assert self.norms_O is not None
+        version, norms = self._norms.get(slot, (-1, self.norms_O))
+        if version != self.ctx.weights_version:
+            rank, scaling = self.doras[slot], float(self.matrices.scaling_S[slot])
+            A, B = self.matrices.A_SRI[slot, :rank], self.matrices.B_SRO[slot, :rank]
+            norms = adapted_norms(self.base, self.norms_O, A, B, scaling)
+            self._norms[slot] = (self.ctx.weights_version, norms)
+        return norms
 
     def _keep_mask(self, x: torch.Tensor, segments: Segments) -> torch.Tensor | None:
         """The dropout mask over x, divided by what it keeps, [n, N, I]."""
@@ -115,6 +194,8 @@ class AdaptedLayer(nn.Module):
         return scaled.to(x.dtype).view(count, -1, x.shape[-1])
 
 
+MAGNITUDE = "lora_magnitude_vector"
+"""PEFT's name for a DoRA's magnitudes in a saved adapter."""
 PLAIN_LINEARS: set[type] = {nn.Linear}
 """Layers whose product is x W^T + b with W as it is stored (base_model.py adds its own)."""
 
@@ -128,7 +209,10 @@ class Slot:
         gradients: name -> what `backward` of the pack's loss fills.
         moments: name -> AdamW's two moments.
         weights, grads, exp_avgs, exp_avg_sqs: the same numbers as the optimizer steps them: one
-            contiguous row of an adapter, or a tensor for each parameter.
+            contiguous row of an adapter (of some variants its trained matrices), or a tensor for each
+            parameter.
+        lr_factors: of the learning rate, for each of them.
+        rows, grad_rows: all numbers of the slot, and all gradients, also those of what is not trained.
     """
 
     spec: AdapterSpec | None
@@ -139,10 +223,13 @@ class Slot:
     grads: list[torch.Tensor] = field(default_factory=list)
     exp_avgs: list[torch.Tensor] = field(default_factory=list)
     exp_avg_sqs: list[torch.Tensor] = field(default_factory=list)
+    lr_factors: list[float] = field(default_factory=list)
+    rows: list[torch.Tensor] = field(default_factory=list)
+    grad_rows: list[torch.Tensor] = field(default_factory=list)
 
     def zero_grad(self) -> None:
         """Empties the gradients in place."""
-        torch._foreach_zero_(self.grads)
+        torch._foreach_zero_(self.grad_rows)
 
 
 class Pack:
@@ -167,21 +254,38 @@ class Pack:
         that the ModelShape says; otherwise the pack stays as it is.
 
         Raises:
-            ValueError: a target that matches fewer or other layers than its ModelShape says, or experts
-                that compute otherwise than those known (experts.py).
+            ValueError: a target that matches fewer or other layers than its ModelShape says, experts
+                that compute otherwise than those known (experts.py), or a variant that they or a
+                sharded base cannot have.
         """
         names = matching_layers(self.model, spec.linears)
+        self._require_variant(spec, names)
         index = next(i for i in range(len(self.slots) + 1) if i not in self.slots)
-        self.reserve(index + 1, spec.lora_rank, names)
+        self.reserve(index + 1, spec.held_rank, names, magnitudes=spec.has(DORA))
         slot = self.slots[index] = Slot(spec=spec)
         for name in names:
             layer = self.layers[name]
             layer.hit.add(index)
             layer.dropout_keys[index] = derived_seed(spec.seed, "dropout", name)
+            if spec.has(DORA) and isinstance(layer, AdaptedLayer):
+                layer.doras[index] = spec.held_rank
         self._bind_slot(index, slot)
         self._bind_layers()
         self._initialise(index, spec)
+        self.ctx.weights_version += 1
         return index
+
+    def _require_variant(self, spec: AdapterSpec, sizes: Mapping[str, LayerSize]) -> None:
+        parts = parts_of(spec.variant)
+        if not parts <= ON_EXPERTS and any(size.num_experts for size in sizes.values()):
+            raise ValueError(
+                f"variant {spec.variant} cannot be trained on fused experts; leave experts out of target"
+            )
+        if self.sharding is not None and parts & {DORA, PISSA}:
+            raise ValueError(
+                f"variant {spec.variant} needs whole weights on each worker, got a sharded base; set strategy: "
+                "ddp or single, or variant: lora"
+            )
 
     def leave(self, index: int) -> None:
         """Frees a slot; nothing of the adapter stays."""
@@ -189,16 +293,20 @@ class Pack:
         for layer in self.layers.values():
             layer.hit.discard(index)
             layer.dropout_keys.pop(index, None)
+            if isinstance(layer, AdaptedLayer):
+                layer.doras.pop(index, None)
         self.store.clear(index)
 
-    def reserve(self, num_slots: int, max_rank: int, layers: Iterable[str]) -> None:
+    def reserve(
+        self, num_slots: int, max_rank: int, layers: Iterable[str], *, magnitudes: bool = False
+    ) -> None:
         """Makes room beforehand, so that adapters enter without moving memory."""
         features = {}
         for name in layers:
             if name not in self.layers:
                 self.layers[name] = self._adapted(name)
             features[name] = self.layers[name].size
-        if self.store.reserve(num_slots, max_rank, features):
+        if self.store.reserve(num_slots, max_rank, features, magnitudes=magnitudes):
             for index, slot in self.slots.items():
                 self._bind_slot(index, slot)
             self._bind_layers()
@@ -217,9 +325,20 @@ class Pack:
         site = module.sites[parameter] = ExpertMatrix(module.base, parameter, size)
         return site
 
-    def activate(self, slots: Sequence[int], dropout: DropoutTokens | None = None) -> None:
-        """Says whose rows come next: equal segments, slot by slot. Empty: the base alone."""
-        ranks = [spec.lora_rank for i in slots if (spec := self.slots[i].spec)]
+    def activate(
+        self,
+        slots: Sequence[int],
+        dropout: DropoutTokens | None = None,
+        *,
+        same_weights: bool = False,
+    ) -> None:
+        """Says whose rows come next: equal segments, slot by slot. Empty: the base alone.
+
+        Args:
+            same_weights: no adapter has changed since the last call.
+        """
+        self.ctx.weights_version += not same_weights
+        ranks = [spec.held_rank for i in slots if (spec := self.slots[i].spec)]
         self.ctx.segments = (
             make_segments(tuple(slots), max(ranks), self._anchor, self.device) if ranks else None
         )
@@ -239,14 +358,21 @@ class Pack:
         """Takes the slot's views of the store."""
         assert slot.spec is not None
         names = [name for name, layer in self.layers.items() if index in layer.hit]
-        views = [
-            adapter_views(self.store, kind, index, slot.spec.lora_rank, names)
-            for kind in (WEIGHT, GRAD, EXP_AVG, EXP_AVG_SQ)
-        ]
+        kinds = (WEIGHT, GRAD, EXP_AVG, EXP_AVG_SQ)
+        views = [adapter_views(self.store, kind, index, slot.spec, names) for kind in kinds]
         slot.parameters, slot.gradients = views[0], views[1]
         slot.moments = {name: (views[2][name], views[3][name]) for name in views[2]}
-        rows = [[self.store.row(kind, index)] for kind in (WEIGHT, GRAD, EXP_AVG, EXP_AVG_SQ)]
+        rows = [[self.store.row(kind, index)] for kind in kinds]
+        slot.rows, slot.grad_rows = rows[0], rows[1]
+        factors = [1.0]
+        if slot.spec.has(LORA_PLUS) or slot.spec.has(PISSA):
+            steps = [stepped_parts(self.store, kind, index, slot.spec, names) for kind in kinds]
+            rows, factors = (
+                [[part for part, _ in found] for found in steps],
+                [f for _, f in steps[0]],
+            )
         slot.weights, slot.grads, slot.exp_avgs, slot.exp_avg_sqs = rows
+        slot.lr_factors = factors
 
     def _bind_layers(self) -> None:
         """Gives the layers their views of the store."""
@@ -262,6 +388,8 @@ class Pack:
             ]
             scaling_S = torch.tensor(hit, dtype=store.dtype, device=self.device)
             layer.matrices = Matrices(A[WEIGHT], B[WEIGHT], A[GRAD], B[GRAD], scaling_S)
+            if isinstance(layer, AdaptedLayer) and name in store.m_4SO:
+                layer.magnitudes = Magnitudes(store.m_4SO[name][WEIGHT], store.m_4SO[name][GRAD])
             keys = [layer.dropout_keys.get(i, 0) for i in range(count)]
             layer.dropout_keys_S = torch.tensor(keys, dtype=torch.int64, device=self.device)
 
@@ -276,21 +404,58 @@ class Pack:
                 values = torch.empty(view.shape, dtype=view.dtype)
                 generator = torch.Generator().manual_seed(derived_seed(spec.seed, "init", name))
                 view.copy_(values.uniform_(-bound, bound, generator=generator))
+                if isinstance(layer, AdaptedLayer):
+                    self._start_variant(index, spec, name, layer)
+
+    def _start_variant(self, index: int, spec: AdapterSpec, name: str, layer: AdaptedLayer) -> None:
+        """What a DoRA or a PiSSA begins with in a layer, beside or instead of A."""
+        if spec.has(DORA):
+            if layer.norms_O is None:
+                layer.norms_O = row_norms(layer.base).to(self.store.dtype)
+            self.store.m_4SO[name][WEIGHT, index] = layer.norms_O
+        if spec.has(PISSA):
+            seed = derived_seed(spec.seed, "pissa", name)
+            A, B = principal(
+                dense_weight(layer.base), spec.lora_rank, spec.scaling(layer.size), seed
+            )
+            for first, sign in ((0, 1), (spec.lora_rank, -1)):
+                ranks = slice(first, first + len(A))
+                self.store.A_4SRI[name][WEIGHT, index, ranks] = A
+                self.store.B_4SRO[name][WEIGHT, index, ranks] = sign * B
 
 
 def adapter_views(
-    store: AdapterStore, kind: int, slot: int, lora_rank: int, layers: Sequence[str]
+    store: AdapterStore, kind: int, slot: int, spec: AdapterSpec, layers: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """A slot's numbers of a kind under PEFT's names: A [R, I] and B [O, R] of each layer; of experts A
-    [E, R, I] and B [E, R, O], which `experts.to_peft` brings into PEFT's order."""
+    """A slot's numbers of a kind under PEFT's names: A [R, I] and B [O, R] of each layer, of a DoRA its
+    magnitudes [O]; of experts A [E, R, I] and B [E, R, O], which `experts.to_peft` brings into PEFT's order."""
     views: dict[str, torch.Tensor] = {}
     for name, prefix in peft_prefixes(layers).items():
         size = store.features[name]
-        rank = size.rank(lora_rank)
+        rank = size.rank(spec.held_rank)
         B = store.B_4SRO[name][kind, slot][..., :rank, :]
         views[f"{prefix}.lora_A.weight"] = store.A_4SRI[name][kind, slot][..., :rank, :]
         views[f"{prefix}.lora_B.weight"] = B if size.num_experts else B.T
+        if spec.has(DORA):
+            views[f"{prefix}.{MAGNITUDE}"] = store.m_4SO[name][kind, slot]
     return views
+
+
+def stepped_parts(
+    store: AdapterStore, kind: int, slot: int, spec: AdapterSpec, layers: Iterable[str]
+) -> list[tuple[torch.Tensor, float]]:
+    """A slot's trained numbers of a kind where not all of its row is trained alike, each with its factor on
+    the learning rate: LoRA+'s B learns faster, and a PiSSA's second half is frozen. Each is contiguous."""
+    trained = spec.lora_rank if spec.has(PISSA) else store.max_rank
+    faster = doctrine.LORA_PLUS_RATIO.value if spec.has(LORA_PLUS) else 1.0
+    parts: list[tuple[torch.Tensor, float]] = []
+    for name in layers:
+        A, B = store.A_4SRI[name][kind, slot], store.B_4SRO[name][kind, slot]
+        if not store.features[name].num_experts:  # of experts no rank is frozen
+            A, B = A[:trained], B[:trained]
+        parts += [(A, 1.0), (B, faster)]
+        parts += [(store.m_4SO[name][kind, slot], 1.0)] if spec.has(DORA) else []
+    return parts
 
 
 def inject(model: PreTrainedModel, specs: Sequence[AdapterSpec]) -> Pack:
@@ -301,7 +466,7 @@ def inject(model: PreTrainedModel, specs: Sequence[AdapterSpec]) -> Pack:
     """
     names = {name for spec in specs for name in matching_layers(model, spec.linears)}
     pack = Pack(model)
-    pack.reserve(len(specs), max(spec.lora_rank for spec in specs), names)
+    pack.reserve(len(specs), max(spec.held_rank for spec in specs), names)
     pack.activate([pack.enter(spec) for spec in specs])
     return pack
 

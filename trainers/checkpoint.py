@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from search_spaces.variants import DORA, RSLORA
 from trainers.adapters import AdaptedLayer, AdapterSpec, Pack
 from trainers.experts import from_peft, peft_shape, to_peft
 from trainers.gate import (
@@ -154,8 +155,10 @@ def lora_config(pack: Pack, spec: AdapterSpec, base_name: str, revision: str | N
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
         revision=revision,
-        r=spec.lora_rank,
-        lora_alpha=spec.lora_alpha,  # pyright: ignore[reportArgumentType]  # PEFT takes any number
+        r=spec.held_rank,
+        use_rslora=spec.has(RSLORA),
+        use_dora=spec.has(DORA),
+        lora_alpha=spec.held_alpha,  # pyright: ignore[reportArgumentType]  # PEFT takes any number
         lora_dropout=spec.dropout,
         # An empty list, not None, for which PEFT has a choice of its own.
         target_modules=sorted(_target_names(pack, spec, dense)) if dense else [],

@@ -44,6 +44,9 @@ def _slot(parameters: dict[str, torch.nn.Parameter]) -> Slot:
         grads=list(gradients.values()),
         exp_avgs=[first for first, _ in moments.values()],
         exp_avg_sqs=[second for _, second in moments.values()],
+        lr_factors=[1.0] * len(gradients),
+        rows=list(parameters.values()),
+        grad_rows=list(gradients.values()),
     )
 
 

@@ -17,7 +17,8 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from trainers.adapters import AdapterSpec, Pack, Slot
+from search_spaces.variants import DORA, RSLORA
+from trainers.adapters import MAGNITUDE, AdapterSpec, Pack, Slot
 from trainers.experts import PARAMETERS, is_experts, to_peft
 from trainers.loop import Run, Trainer
 from trainers.store import LayerSize
@@ -50,10 +51,16 @@ def check_saved(folder: Path, pack: Pack, run: Run) -> None:
         _check_file(folder / MODEL_FILE, shapes, run.slot, "the model's parameters")
         return
     shapes = adapter_shapes(pack.model, run.slot.spec)
-    meaning = f"2 for each of {len(shapes) // 2} layers"
+    meaning = tensors_meaning(run.slot.spec, len(shapes))
     _check_file(folder / ADAPTER_FILE, shapes, run.slot, meaning)
     _check_learnt(folder / ADAPTER_FILE, run)
     check_adapter_config(folder, pack.model, run.slot.spec)
+
+
+def tensors_meaning(spec: AdapterSpec, count: int) -> str:
+    """What the tensors of an adapter are made of, for a message."""
+    each = 3 if spec.has(DORA) else 2
+    return f"{each} for each of {count // each} layers"
 
 
 def adapter_shapes(model: nn.Module, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
@@ -63,9 +70,11 @@ def adapter_shapes(model: nn.Module, spec: AdapterSpec) -> dict[str, tuple[int, 
     sizes = matching_layers(model, spec.linears)
     for name, prefix in peft_prefixes(sizes).items():
         size = sizes[name]
-        ranks = size.rank(spec.lora_rank) * max(1, size.num_experts)
+        ranks = size.rank(spec.held_rank) * max(1, size.num_experts)
         shapes[f"{prefix}.lora_A.weight"] = (ranks, size.num_in)
         shapes[f"{prefix}.lora_B.weight"] = (size.num_out, ranks)
+        if spec.has(DORA):
+            shapes[f"{prefix}.{MAGNITUDE}"] = (size.num_out,)
     return shapes
 
 
@@ -153,7 +162,7 @@ def _check_learnt(path: Path, run: Run) -> None:
     if run.steps > 0 and not any(bool(view.any()) for view in b_matrices):
         raise GateError(f"{path.name}: every lora_B is zero after {run.steps} steps")
     # The forward reads whole rows of the store: what is not in a view is not in the file either.
-    held = sum(int(row.count_nonzero()) for row in run.slot.weights)
+    held = sum(int(row.count_nonzero()) for row in run.slot.rows)
     saved = sum(int(view.count_nonzero()) for view in views.values())
     if held != saved:
         raise GateError(
@@ -178,8 +187,9 @@ def check_adapter_config(folder: Path, model: nn.Module, spec: AdapterSpec) -> N
     if not isinstance(config, LoraConfig):
         raise GateError(f"{path.name}: must be of a LoRA, is a {type(config).__name__}")
     sizes = matching_layers(model, spec.linears)
-    must = {"r": spec.lora_rank, "lora_alpha": spec.lora_alpha, "use_rslora": False}
-    must |= {"use_dora": False, "rank_pattern": rank_pattern(sizes, spec), "alpha_pattern": {}}
+    must = {"r": spec.held_rank, "lora_alpha": spec.held_alpha, "use_rslora": spec.has(RSLORA)}
+    must |= {"use_dora": spec.has(DORA), "alpha_pattern": {}}
+    must |= {"rank_pattern": rank_pattern(sizes, spec)}
     for key, value in must.items():
         if (got := getattr(config, key)) != value:
             raise GateError(f"{path.name}: {key} must be {value!r}, is {got!r}")
@@ -220,7 +230,7 @@ def parameters_ending_in(model: nn.Module, suffixes: Iterable[str]) -> set[str]:
 def rank_pattern(sizes: Mapping[str, LayerSize], spec: AdapterSpec) -> dict[str, int]:
     """PEFT's rank_pattern of an adapter: the rank of each expert, where it has any."""
     return {
-        parameter_suffix(name): size.rank(spec.lora_rank)
+        parameter_suffix(name): size.rank(spec.held_rank)
         for name, size in sizes.items()
         if size.num_experts
     }

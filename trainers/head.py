@@ -55,7 +55,8 @@ class LossHead:
         with head_weights(self.pack):
             selected, grad = self._through_head(batch, hidden, nats_n, slots, scale_n, dropout)
         if selected.requires_grad:
-            self.pack.activate(slots, dropout)  # layers may be computed again
+            # layers may be computed again
+            self.pack.activate(slots, dropout, same_weights=True)
             selected.backward(grad)
         if self.pack.sharding is not None:
             self.pack.sharding.end_backward()
@@ -114,7 +115,8 @@ class LossHead:
     def _activate(
         self, slots: tuple[int, ...], chunk: Chunk, dropout: DropoutTokens | None
     ) -> None:
-        self.pack.activate([slots[k] for k in chunk.segments] if slots else (), dropout)
+        chosen = [slots[k] for k in chunk.segments] if slots else ()
+        self.pack.activate(chosen, dropout, same_weights=True)
 
     def _chunks(self, loss: LossBlocks) -> Iterator[Chunk]:
         size = len(loss.index_M) // len(loss.segment_of_block)

@@ -242,7 +242,7 @@ class Trainer:
     def _optimizer_steps(self, full: Sequence[Run]) -> None:
         if not full:
             return
-        nats = [self.comm.sum_gradients(run.slot.grads, _nats_of(run)) for run in full]
+        nats = [self.comm.sum_gradients(run.slot.grad_rows, _nats_of(run)) for run in full]
         norms = [grad_norm(run.slot) for run in full]
         # The only numbers that the host waits for: once for all runs of this step.
         values = torch.stack([*nats, *(norm.double() for norm in norms)]).tolist()

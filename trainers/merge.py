@@ -15,10 +15,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from search_spaces.variants import DORA
 from trainers.adapters import AdaptedLayer, AdapterSpec, Pack
 from trainers.base_fetch import base_folder
 from trainers.base_model import load_base, nf4_layer_names
 from trainers.base_spec import BaseSpec
+from trainers.dora import LEAST_NORM
 from trainers.experts import ExpertMatrix, from_peft
 from trainers.gate import (
     ADAPTER_FILE,
@@ -26,6 +28,7 @@ from trainers.gate import (
     adapter_shapes,
     check_adapter_config,
     check_shapes,
+    tensors_meaning,
 )
 
 SHARD_SIZE = "5GB"
@@ -200,7 +203,7 @@ def _load(pack: Pack, slot: int, folder: Path) -> None:
     assert spec is not None
     check_adapter_config(folder, pack.model, spec)
     shapes = adapter_shapes(pack.model, spec)
-    check_shapes(folder / ADAPTER_FILE, shapes, f"2 for each of {len(shapes) // 2} layers")
+    check_shapes(folder / ADAPTER_FILE, shapes, tensors_meaning(spec, len(shapes)))
     saved = load_file(folder / ADAPTER_FILE)
     for name, view in pack.slots[slot].parameters.items():
         view.copy_(from_peft(name, saved[name], view.shape))
@@ -219,13 +222,17 @@ def _untie(model: PreTrainedModel) -> bool:
 
 
 def _add(layer: AdaptedLayer | ExpertMatrix, slot: int, spec: AdapterSpec) -> None:
-    """Adds scaling B A to a frozen weight, as the layer's own product applies it."""
+    """Adds scaling B A to a frozen weight, as the layer's own product applies it; of a DoRA the rows then get
+    the lengths that it learnt."""
     assert layer.matrices is not None
     A, B = layer.matrices.A_SRI[slot], layer.matrices.B_SRO[slot]
     delta = spec.scaling(layer.size) * (B.mT @ A)  # [O, I], of experts [E, O, I]
-    if layer.is_transposed:
-        delta = delta.mT
-    layer.weight.copy_((layer.weight.to(delta.dtype) + delta).to(layer.weight.dtype))
+    weight = layer.weight.mT if layer.is_transposed else layer.weight
+    merged = weight.to(delta.dtype) + delta
+    if isinstance(layer, AdaptedLayer) and layer.magnitudes is not None and spec.has(DORA):
+        norms = merged.norm(dim=1).clamp_min(LEAST_NORM)
+        merged *= (layer.magnitudes.m_SO[slot] / norms)[:, None]
+    weight.copy_(merged.to(weight.dtype))
 
 
 def _read_back(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -14,26 +14,33 @@ def adamw_step(slot: Slot, steps_done: int, *, lr: float, weight_decay: float) -
 
     Args:
         steps_done: optimizer steps before this one, for the bias correction.
+        lr: of each part times its factor (LoRA+).
     """
     device = slot.weights[0].device
-    # The call counts each of them up, so they must not be one tensor.
-    state_steps = [torch.full((), float(steps_done), device=device) for _ in slot.weights]
-    adamw(
-        slot.weights,
-        slot.grads,
-        slot.exp_avgs,
-        slot.exp_avg_sqs,
-        [],
-        state_steps,
-        fused=True,
-        amsgrad=False,
-        beta1=ADAM_BETAS[0],
-        beta2=ADAM_BETAS[1],
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=ADAM_EPS,
-        maximize=False,
+    everything = list(
+        zip(slot.weights, slot.grads, slot.exp_avgs, slot.exp_avg_sqs, slot.lr_factors, strict=True)
     )
+    for factor in dict.fromkeys(slot.lr_factors):
+        parts = zip(*(part[:4] for part in everything if part[4] == factor), strict=True)
+        weights, grads, exp_avgs, exp_avg_sqs = map(list, parts)
+        # The call counts each of them up, so they must not be one tensor.
+        state_steps = [torch.full((), float(steps_done), device=device) for _ in weights]
+        adamw(
+            weights,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            state_steps,
+            fused=True,
+            amsgrad=False,
+            beta1=ADAM_BETAS[0],
+            beta2=ADAM_BETAS[1],
+            lr=lr * factor,
+            weight_decay=weight_decay,
+            eps=ADAM_EPS,
+            maximize=False,
+        )
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate
 from search_spaces.capacity import validate_capacity
+from search_spaces.variants import DORA, parts_of, stored_rank
 from trainers.adapters import AdapterSpec, Pack
 from trainers.base_model import device_name, load_base
 from trainers.batches import RowSource
@@ -120,6 +121,7 @@ def adapter_of(candidate: Candidate, shape: ModelShape) -> AdapterSpec:
         linears=tuple(shape.resolve_target(candidate.target)),
         dropout=candidate.dropout,
         seed=candidate.seed,
+        variant=candidate.variant,
     )
 
 
@@ -197,12 +199,15 @@ class Station:
         if candidate.full_finetune:
             return {}
         sizes = matching_layers(self.model, self.shape.resolve_target(candidate.target))
-        live = sum(size.num_params(candidate.lora_rank) for size in sizes.values())
+        rank = stored_rank(candidate.lora_rank, candidate.variant)
+        live = sum(size.num_params(rank) for size in sizes.values())
+        if DORA in parts_of(candidate.variant):
+            live += sum(size.num_out for size in sizes.values())
         self._require_planned(candidate, live)
         return {"adapter": {"layers": len(sizes), "lora_rank": candidate.lora_rank, "params": live}}
 
     def _require_planned(self, candidate: Candidate, num_params: int) -> None:
-        planned = self.shape.lora_params(candidate.lora_rank, candidate.target)
+        planned = self.shape.held_params(candidate.lora_rank, candidate.target, candidate.variant)
         if num_params != planned:
             raise ValueError(
                 f"target {'+'.join(candidate.target)}: an adapter of rank {candidate.lora_rank} must have "

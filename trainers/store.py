@@ -50,21 +50,37 @@ class AdapterStore:
         self.dtype, self.device = dtype, device
         self.features: dict[str, LayerSize] = {}
         self.num_slots = self.max_rank = 0
+        self.has_magnitudes = False
         self.memory_4SP = torch.zeros(4, 0, 0, dtype=dtype, device=device)
         self.A_4SRI: dict[str, torch.Tensor] = {}
         self.B_4SRO: dict[str, torch.Tensor] = {}
+        self.m_4SO: dict[str, torch.Tensor] = {}
 
-    def reserve(self, num_slots: int, max_rank: int, features: Mapping[str, LayerSize]) -> bool:
-        """Makes room for slots, ranks and layers, keeping what is there. True: the memory moved and
-        every view of it must be taken again."""
+    def reserve(
+        self,
+        num_slots: int,
+        max_rank: int,
+        features: Mapping[str, LayerSize],
+        *,
+        magnitudes: bool = False,
+    ) -> bool:
+        """Makes room for slots, ranks and layers (and a DoRA's magnitudes), keeping what is there. True: the
+        memory moved and every view of it must be taken again."""
         layers = dict(sorted((self.features | dict(features)).items()))
-        wanted = (max(num_slots, self.num_slots), max(max_rank, self.max_rank), layers)
-        if wanted == (self.num_slots, self.max_rank, self.features):
+        wanted = (
+            max(num_slots, self.num_slots),
+            max(max_rank, self.max_rank),
+            layers,
+            magnitudes or self.has_magnitudes,
+        )
+        if wanted == (self.num_slots, self.max_rank, self.features, self.has_magnitudes):
             return False
-        old_A, old_B = dict(self.A_4SRI), dict(self.B_4SRO)
+        old_A, old_B, old_m = dict(self.A_4SRI), dict(self.B_4SRO), dict(self.m_4SO)
         slots = self.num_slots
-        self.num_slots, self.max_rank, self.features = wanted
+        self.num_slots, self.max_rank, self.features, self.has_magnitudes = wanted
         self._lay_out()
+        for name in old_m:
+            self.m_4SO[name][:, :slots] = old_m[name]
         for name in old_A:
             ranks = old_A[name].shape[-2]
             self.A_4SRI[name][:, :slots, ..., :ranks, :] = old_A[name]
@@ -73,6 +89,7 @@ class AdapterStore:
 
     def _lay_out(self) -> None:
         count = sum(size.num_params(self.max_rank) for size in self.features.values())
+        count += sum(size.num_out for size in self.features.values()) * self.has_magnitudes
         memory = torch.zeros(4, self.num_slots, count, dtype=self.dtype, device=self.device)
         self.memory_4SP, offset = memory, 0
         for name, size in self.features.items():
@@ -81,6 +98,9 @@ class AdapterStore:
                 part = memory[:, :, offset : offset + math.prod(shape)]
                 views[name] = part.view(4, self.num_slots, *shape)
                 offset += math.prod(shape)
+            if self.has_magnitudes:
+                self.m_4SO[name] = memory[:, :, offset : offset + size.num_out]
+                offset += size.num_out
 
     def row(self, kind: int, slot: int) -> torch.Tensor:
         """All numbers of a kind of one slot, contiguous, [P]."""

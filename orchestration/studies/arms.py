@@ -10,6 +10,7 @@ from search_spaces import doctrine
 from search_spaces.candidate import Candidate
 from search_spaces.domains import LogUniform
 from search_spaces.studies.points import rounded_rate
+from search_spaces.variants import PLAIN, alpha_at, lr_factor
 
 if TYPE_CHECKING:
     from orchestration.planning import Plan
@@ -76,7 +77,15 @@ def make_arms(kind: str, config: "StudyConfig", plan: "Plan") -> tuple[Arm, ...]
 
 
 def _require_single(space: "SearchSpace", axes: dict[str, bool]) -> None:
-    others = ("lr_schedule", "warmup", "weight_decay", "max_grad_norm", "dropout", "seed")
+    others = (
+        "lr_schedule",
+        "warmup",
+        "weight_decay",
+        "max_grad_norm",
+        "dropout",
+        "seed",
+        "variant",
+    )
     for key in (*[key for key, varies in axes.items() if not varies], *others):
         values = getattr(space, key).values()
         if len(values) > 1:
@@ -90,7 +99,11 @@ def _templates(kind: str, plan: "Plan") -> Iterator[Candidate]:
             for lora_rank in space.lora_rank.options:
                 for target, rank in _targets(kind, plan, lora_rank):
                     yield _candidate(
-                        plan, lora_rank=rank, lora_alpha=alpha, batch=batch, target=target
+                        plan,
+                        lora_rank=rank,
+                        lora_alpha=alpha_at(alpha, rank),
+                        batch=batch,
+                        target=target,
                     )
 
 
@@ -112,8 +125,11 @@ def _candidate(
     plan: "Plan", *, lora_rank: int, lora_alpha: float, batch: int, target: tuple[str, ...]
 ) -> Candidate:
     space = plan.space
+    variant = space.variant.options[0]
+    # Alphas are an axis of these studies, so no law of theirs moves a grid; a variant's own factor does.
+    factor = lr_factor(variant, lora_alpha, lora_rank, lora_alpha)
     return Candidate(
-        learning_rate=space.prior.lora,
+        learning_rate=space.prior.lora * factor,
         lora_rank=lora_rank,
         lora_alpha=float(lora_alpha),
         global_batch_size=batch,
@@ -124,6 +140,7 @@ def _candidate(
         max_grad_norm=float(space.max_grad_norm.values()[0]),
         dropout=space.dropout.options[0],
         seed=0,
+        variant=variant,
     )
 
 
@@ -136,7 +153,14 @@ def _full_arm(config: "StudyConfig", plan: "Plan", batch: int, batches: tuple[in
         target=plan.shape.normalize_target(doctrine.TARGET.value),
     )
     prior = plan.space.prior.full_ft
-    full = replace(template, full_finetune=True, lora_rank=0, learning_rate=prior, dropout=0.0)
+    full = replace(
+        template,
+        full_finetune=True,
+        lora_rank=0,
+        learning_rate=prior,
+        dropout=0.0,
+        variant=PLAIN,
+    )
     return Arm(
         label="FullFT" + _batch_text(batch, batches),
         template=full,
@@ -155,12 +179,15 @@ def _lora_arm(
 ) -> Arm:
     whole = plan.shape.normalize_target(doctrine.TARGET.value)
     where = f" {'+'.join(template.target)}" if names_target or template.target != whole else ""
+    kind = f"{template.variant} " if template.variant != PLAIN else ""
     return Arm(
-        label=f"r{template.lora_rank} alpha {template.lora_alpha:g}{where}"
+        label=f"{kind}r{template.lora_rank} alpha {template.lora_alpha:g}{where}"
         + _batch_text(template.global_batch_size, batches),
         template=template,
-        grid=_grid(config.learning_rate, plan.space.prior.lora, config.lr_decades),
-        trained_params=plan.shape.lora_params(template.lora_rank, template.target),
+        grid=_grid(config.learning_rate, template.learning_rate, config.lr_decades),
+        trained_params=plan.shape.trained_params(
+            template.lora_rank, template.target, template.variant
+        ),
     )
 
 

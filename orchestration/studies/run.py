@@ -153,6 +153,7 @@ def fixed_facts(config: StudyConfig, plan: Plan) -> dict[str, Any]:
         "weight_decay",
         "max_grad_norm",
         "dropout",
+        "variant",
     )
     return {
         "model": {"num_params": plan.shape.num_params, "hidden_size": plan.shape.hidden_size},

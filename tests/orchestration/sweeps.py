@@ -101,3 +101,10 @@ def processes_of(folder: Path) -> list[str]:
     """Command lines of living processes that name a folder."""
     lines = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
     return [line for line in lines if str(folder) in line]
+
+
+def candidate_dict(**values: object) -> dict[str, object]:
+    """A trial's candidate as its config.json has it."""
+    shared = {"lora_alpha": 32.0, "lr_schedule": "constant", "warmup": 0.0, "weight_decay": 0.0}
+    shared |= {"max_grad_norm": 1.0, "dropout": 0.0, "seed": 0, "global_batch_size": 16}
+    return shared | {"learning_rate": 1e-3, "lora_rank": 4, "target": ["mlp"]} | values

@@ -16,6 +16,7 @@ from orchestration.demo import demo_config, free_name
 from orchestration.progress import Progress
 from orchestration.results import TrialRecord
 from orchestration.results_table import show_results
+from tests.orchestration.sweeps import candidate_dict
 from trainers.paths import RunPaths
 
 
@@ -31,7 +32,7 @@ def record(name: str, status: str, reason: str, losses: list[float]) -> TrialRec
         {"examples": 16 * i, "steps": i, "eval_loss": loss, "eval_bits_per_byte": loss / 2}
         for i, loss in enumerate(losses)
     )
-    candidate = {"lora_rank": 8, "learning_rate": 1e-3, "global_batch_size": 16, "target": ["attn"]}
+    candidate = candidate_dict(lora_rank=8, target=["attn"])
     return TrialRecord(name=name, candidate=candidate, status=status, reason=reason, rows=rows)
 
 

@@ -9,6 +9,8 @@ from orchestration.config import ConfigError, load_config, make_config, space_ov
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = "model: base\ndata: rows.jsonl\n"
 
+VARIANTS = "variant must be lora, or one or more of rslora, dora, lora_plus, pissa joined by '+'"
+
 
 @pytest.fixture
 def load(tmp_path):
@@ -139,6 +141,21 @@ def test_load_config_yaml_that_cannot_be_read_names_its_line(load, lines, expect
         ("learning_rate: [1e-4, .inf]", "learning_rate must be a finite number > 0, got inf"),
         ("global_batch_size: 0", "global_batch_size must be an integer >= 1, got 0"),
         ("lora_alpha: -.inf", "lora_alpha must be a finite number > 0, got -inf"),
+        (
+            "lora_alpha: twice",
+            "lora_alpha must be a finite number > 0, 'rank' or a multiple such as '2*rank', got 'twice'",
+        ),
+        (
+            "lora_alpha: [32, rank]",
+            "lora_alpha must follow one convention, numbers or multiples of the rank, got [32, 'rank']; of the "
+            "two together nobody can tell rank and learning rate apart",
+        ),
+        (
+            "variant: olora",
+            f"{VARIANTS}, got 'olora'",
+        ),
+        ("variant: [dora, 1]", f"{VARIANTS}, got 1"),
+        ("variant: [dora, dora]", "variant must not list a value twice, got ['dora', 'dora']"),
         ("dropout: 1", "dropout must be a number >= 0 and < 1, got 1"),
         ("warmup: .nan", "warmup must be a finite number >= 0, got nan"),
         ("weight_decay: -1", "weight_decay must be a finite number >= 0, got -1"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.report import write_report
+from tests.orchestration.sweeps import candidate_dict
 from trainers.data import DataSpec, audit_data
 from trainers.paths import RunPaths, read_json_lines, write_json, write_json_lines
 
@@ -19,13 +20,7 @@ CHROMIUM = (
 
 
 def candidate(learning_rate: float, lora_rank: int = 4) -> dict:
-    return {
-        "learning_rate": learning_rate,
-        "lora_rank": lora_rank,
-        "lora_alpha": 32.0,
-        "global_batch_size": 16,
-        "target": ["attn", "mlp"],
-    }
+    return candidate_dict(learning_rate=learning_rate, lora_rank=lora_rank, target=["attn", "mlp"])
 
 
 def row(examples: int, eval_loss: float) -> dict:

@@ -17,6 +17,7 @@ from orchestration.results import TrialRecord
 from orchestration.results_table import show_results
 from orchestration.tracking import metrics_of
 from orchestration.trials import TrialMaker
+from tests.orchestration.sweeps import candidate_dict
 from trainers.paths import RunPaths
 from trainers.sft_trainer import TrialSpec
 
@@ -75,9 +76,8 @@ def record(name: str, losses: list[float | None], *, retained: bool = True) -> T
         | ({"retention_loss": loss} if retained else {})
         for at, loss in enumerate(losses)
     ]
-    candidate = {"lora_rank": 4, "learning_rate": 1e-3, "global_batch_size": 16, "target": ["mlp"]}
     return TrialRecord(
-        name=name, candidate=candidate, status="finished", reason="", rows=tuple(rows)
+        name=name, candidate=candidate_dict(), status="finished", reason="", rows=tuple(rows)
     )
 
 

@@ -181,10 +181,43 @@ def test_optuna_every_key_with_several_values_is_searched(planned):
     assert len({c.lora_alpha for c in found}) > 3
 
 
+KINDS = ["lora", "rslora", "dora", "pissa"]
+
+
+def test_optuna_searches_variants_and_alpha_rules_each_at_its_own_rates(planned):
+    plan = planned(lora_rank=[4, 8, 16], lora_alpha=["rank", "2*rank"], variant=KINDS)
+    found = search(searcher_of(plan, 80))
+    assert {c.variant for c in found} == set(KINDS)
+    assert {(c.lora_rank, c.lora_alpha) for c in found} == {
+        (rank, multiple * rank) for rank in (4, 8, 16) for multiple in (1, 2)
+    }
+    rates = plan.space.learning_rate
+    for c in found:
+        factor = plan.space.rate_factor(c.variant, c.lora_alpha, c.lora_rank)
+        assert rates.low * (1 - 1e-9) <= c.learning_rate / factor <= rates.high * (1 + 1e-9)
+    slow = [c.learning_rate for c in found if c.variant == "pissa"]
+    assert max(slow) < 0.3 * rates.high  # 0.1, and 8^0.5 of alpha 4
+    # A resumed search takes them all again, to the last bit.
+    again = searcher_of(plan, 81, history=[(c, 1.0) for c in found])
+    assert len(set(search(again)) - set(found)) == 1
+
+
+def test_optuna_on_a_small_space_of_variants_proposes_each_candidate_once(planned):
+    plan = planned(
+        lora_rank=[4, 8], lora_alpha=["rank", "2*rank"], variant=KINDS, global_batch_size=16
+    )
+    few = replace(plan.space, learning_rate=Choice(options=(1e-4, 3.3e-4)))
+    plan = replace(plan, space=few)
+    found = search(searcher_of(plan, 100))
+    assert sorted(map(trial_name, found)) == sorted(map(trial_name, grid_candidates(few)))
+    assert len(found) == 2 * 2 * 2 * len(KINDS)
+
+
 @pytest.mark.parametrize(
     "values",
     [
         {},
+        {"lora_alpha": "rank", "variant": ["dora", "pissa"]},
         {"lora_rank": [1, 2, 4], "target": "attn"},
         {"lora_rank": [1, 2, 4], "target": [["attn"], ["mlp"]]},
         {"learning_rate": [1e-2, 3e-4, 1e-3], "full_ft_learning_rate": 2e-5},

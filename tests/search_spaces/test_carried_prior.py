@@ -285,3 +285,14 @@ def test_learning_rate_prior_carried_and_a_known_full_ft_rate_are_two_levels():
     assert learning_rate_prior(prior, hidden_size=1, model_type="llama") is prior
     with pytest.raises(ValueError, match=r"must not both set the level, got 1e-05; give one"):
         learning_rate_prior(prior, hidden_size=1, model_type="llama", full_ft_learning_rate=1e-5)
+
+
+def test_carried_prior_of_a_variant_is_plain_loras():
+    runs = [(replace(c, variant="pissa"), loss) for c, loss in parabola()]
+    found = optimum_of(runs, hidden=512)
+    assert found.variant == "pissa"
+    plain = carried_prior(optimum_of(parabola(), hidden=512), 512, wanted())
+    prior = carried_prior(found, 512, wanted())
+    assert prior.lora == pytest.approx(10 * plain.lora)
+    assert "pissa: x 10 for plain LoRA" in prior.source
+    assert "pissa" not in plain.source

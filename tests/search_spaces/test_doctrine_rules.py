@@ -133,12 +133,6 @@ def test_lora_compute_frac_matches_doctrine_examples():
     assert round(doctrine.lora_compute_frac(4096, 256), 2) == 0.79
 
 
-def test_alpha_equals_rank_factor_follows_published_exponents():
-    assert doctrine.alpha_equals_rank_factor(64, 16) == pytest.approx(0.5)
-    assert doctrine.alpha_equals_rank_factor(256, 16, rslora=True) == pytest.approx(0.5)
-    assert doctrine.alpha_equals_rank_factor(32, 32) == 1
-
-
 def test_rules_all_carry_source_and_evidence_and_unique_keys():
     assert all(rule.source and rule.evidence for rule in doctrine.RULES)
     assert len({rule.key for rule in doctrine.RULES}) == len(doctrine.RULES)

@@ -26,7 +26,7 @@ def test_build_space_llama31_8b_has_the_doctrines_defaults(model_shape):
 
 def test_build_space_every_default_carries_its_source(tiny_llama):
     space = build_space(tiny_llama)
-    keys = set(vars(space)) - {"prior", "notes"}
+    keys = set(vars(space)) - {"prior", "notes", "reference_alpha"}
     assert {note.key for note in space.notes} == keys
     assert all(note.value and note.source for note in space.notes)
     for key, value, source in space.notes:

@@ -42,6 +42,7 @@ CHANGED = {
     "dropout": 0.1,
     "seed": 1,
     "full_finetune": True,
+    "variant": "dora",
 }
 
 
