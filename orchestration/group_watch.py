@@ -1,10 +1,17 @@
-"""Tells the broker at once when the workers of a group have died. It lives in Ray Train's controller."""
+"""What Ray Train's controller does at once when workers have died. It lives in that controller."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.train import UserCallback
+
+SETTLE_S = 1.0
+"""The processes of a job that ends die within so long of each other (measured: 0.2 s)."""
+ANSWER_S = 2.0
+"""How long an actor that lives may take to say so; a dead one is known at once."""
 
 
 class GroupWatch(UserCallback):
@@ -24,6 +31,35 @@ class GroupWatch(UserCallback):
         controller = ray.get_runtime_context().current_actor
         gone = broker.gone.remote(self.groups, was_preempted(worker_exceptions), controller)
         ray.get(gone)  # before the next workers begin
+        require_alive(broker, "the sweep that they worked for")
+
+
+class TrialWatch(UserCallback):
+    """Starts no new workers for a trial whose own actor is gone. To be made in that actor."""
+
+    def __init__(self) -> None:
+        self.trial: Any = ray.get_runtime_context().current_actor
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        require_alive(self.trial, "the trial that they worked for")
+
+
+def require_alive(actor: Any, what: str) -> None:
+    """Waits until what dies with the workers is dead, and looks.
+
+    A controller that is about to be ended sees its workers die first. Would it ask for new ones then, their
+    placement group would be registered after its creator and its job were struck off, and Ray (seen in
+    2.60) would keep it for as long as the cluster lives: CPUs and GPUs that nobody can have any more.
+
+    Raises:
+        ValueError: the actor is dead. The Train run ends with it.
+    """
+    time.sleep(SETTLE_S)
+    ready, _ = ray.wait([actor.__ray_ready__.remote()], timeout=ANSWER_S)
+    try:
+        ray.get(ready)
+    except RayActorError as error:
+        raise ValueError(f"no new workers: {what} has ended") from error
 
 
 def was_preempted(errors: Mapping[int, BaseException]) -> bool:

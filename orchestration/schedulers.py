@@ -38,19 +38,22 @@ def make_scheduler(
             stop); a ledger that is broken, or that another scheduler wrote.
     """
     if kind == "fifo":
-        return RecordedScheduler(FIFOScheduler(), ledger)
+        return RecordedScheduler(FIFOScheduler(), ledger, max_t)
     if grace_period > max_t:
         raise ValueError(
             f"grace_period must be at most the budget ({max_t} examples), got {grace_period}"
         )
     goal: dict[str, Any] = {"time_attr": CLOCK, "metric": METRIC, "mode": MODE}
     if kind == "median":
-        return RecordedScheduler(MedianStoppingRule(**goal, grace_period=grace_period), ledger)
+        return RecordedScheduler(
+            MedianStoppingRule(**goal, grace_period=grace_period), ledger, max_t
+        )
     return RecordedScheduler(
         ASHAScheduler(
             **goal, grace_period=grace_period, max_t=max_t, reduction_factor=reduction_factor
         ),
         ledger,
+        max_t,
     )
 
 
@@ -76,10 +79,17 @@ class RecordedScheduler(FIFOScheduler):
     A result that was decided before (a retried actor, a rung repeated after a resume) gets the same
     answer and changes nothing. A trial's end reaches Ray's scheduler with its last result, in the
     same step: Tune may be later, and then the order of events would not be in the ledger.
+
+    A trial that has used up its budget ends by itself, and Tune is not told to stop it: Tune would kill its
+    actor, and Ray Train would see workers die where all is well.
+
+    Args:
+        max_t: examples of a whole trial.
     """
 
-    def __init__(self, inner: FIFOScheduler, ledger: RungLedger) -> None:
+    def __init__(self, inner: FIFOScheduler, ledger: RungLedger, max_t: int) -> None:
         super().__init__()
+        self._max_t = max_t
         self._metric = METRIC
         self._inner: Any = inner
         self._ledger = ledger
@@ -100,7 +110,9 @@ class RecordedScheduler(FIFOScheduler):
             return CONTINUE
         if not math.isfinite(result[METRIC]):
             return STOP  # any comparison with NaN is false, and Ray would go on
-        return self._judge(_name(trial), int(result[CLOCK]), float(result[METRIC]))
+        examples = int(result[CLOCK])
+        decision = self._judge(_name(trial), examples, float(result[METRIC]))
+        return CONTINUE if examples >= self._max_t else decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         # Tune asks for no decision on a result that says done; it comes here alone.

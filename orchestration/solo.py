@@ -19,6 +19,8 @@ def solo_trial(config: dict[str, Any]) -> None:
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    from orchestration.group_watch import TrialWatch
+
     workers = config["workers"]
     resources = {"CPU": workers["cpus_per_worker"]}
     if workers["gpus_per_worker"]:
@@ -37,7 +39,7 @@ def solo_trial(config: dict[str, Any]) -> None:
         run_config=ray.train.RunConfig(
             name=config["trial"]["name"],
             storage_path=workers["storage"],
-            callbacks=[TuneReportCallback()],
+            callbacks=[TuneReportCallback(), TrialWatch()],
             failure_config=ray.train.FailureConfig(
                 max_failures=WORKER_FAILURES, controller_failure_limit=0
             ),

@@ -25,6 +25,8 @@ from trainers.object_store import ObjectStore
 CPU = TrialDemand(num_workers=1, cpus_per_worker=1, gpus_per_worker=0)
 INVENTORY = Inventory(num_cpus=1, num_gpus=0, where="the Ray cluster")
 START_S = 60
+FREED_S = 30
+"""Ray takes a moment to remove what a job that ended had reserved."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,20 @@ def model(two_nodes: TwoNodes) -> Iterator[Path]:
     (folder / "config.json").write_text("{}")
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_held_afterwards(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test did, the cluster's CPU is free for the next: no placement group outlived its job."""
+    yield
+    if "two_nodes" not in request.fixturenames:
+        return
+    import ray
+
+    deadline = time.monotonic() + FREED_S
+    while held := [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]:
+        assert time.monotonic() < deadline, held
+        time.sleep(0.2)
 
 
 def needs_on(storage: Path, model: Path = BASE, storage_bytes: int = 1) -> Needs:
