@@ -30,6 +30,7 @@ def plan_to_dict(plan: Plan, packs: dict[str, Any] | None = None) -> dict[str, A
         "num_experts",
         "num_active_experts",
         "tied_head",
+        "is_from_model",
     )
     return {
         "name": plan.name,

@@ -24,7 +24,14 @@ from orchestration.measured import capacity_sentence
 from orchestration.page import Card, charts, frame, section, table, tiles
 from orchestration.placing import packs_sentence
 from orchestration.results import TrialRecord, best_trial, read_trials
-from orchestration.show import SCALED_LR, coverage_lines, cut_others, cut_ranks, target_text
+from orchestration.show import (
+    SCALED_LR,
+    coverage_lines,
+    cut_others,
+    cut_ranks,
+    shape_lines,
+    target_text,
+)
 from orchestration.show_audit import data_text, short_cells
 from search_spaces.variants import PLAIN
 from trainers.paths import RunPaths, read_json, write_text
@@ -131,7 +138,8 @@ def _counted(adapter: dict[str, int] | None) -> str:
 
 
 def _adapted(plan: dict[str, Any]) -> str:
-    return "".join(f"<p>{html.escape(line)}.</p>" for line in coverage_lines(plan))
+    lines = [*coverage_lines(plan), *shape_lines(plan)]
+    return "".join(f"<p>{html.escape(line.strip())}.</p>" for line in lines)
 
 
 def _short_name(model: str) -> str:

@@ -63,7 +63,18 @@ def _model(plan: dict[str, Any]) -> list[str]:
     return [
         f"{plan['name']}: {model['name']} ({model['model_type']}, {model['num_params']:,} parameters, "
         f"hidden {model['hidden_size']}, {model['num_layers']} layers{experts if model['num_experts'] else ''}), "
-        f"{plan['method']}"
+        f"{plan['method']}",
+        *shape_lines(plan),
+    ]
+
+
+def shape_lines(plan: dict[str, Any]) -> list[str]:
+    """Where the layers were read, if not from the config alone."""
+    if not plan["model"].get("is_from_model"):
+        return []
+    return [
+        f"  model type {plan['model']['model_type']} has no reader here: its layers were read from the model that "
+        "transformers builds without weights (on the meta device)"
     ]
 
 

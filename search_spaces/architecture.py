@@ -62,7 +62,10 @@ class ModelShape(ShapeFields):
             layers; routers are never adapted. Of a multimodal model only the language model.
         embedding_params: parameters of token and learned position embeddings.
         other_params: parameters of norms, biases, routers and attention sinks.
+        is_from_model: read from the model that transformers builds without weights, as its type has no reader.
     """
+
+    is_from_model: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, object] | str | Path) -> "ModelShape":
@@ -94,6 +97,7 @@ class ModelShape(ShapeFields):
         max_position_embeddings: int | None = None,
         num_experts: int = 0,
         num_active_experts: int = 0,
+        is_from_model: bool = False,
     ) -> "ModelShape":
         """A shape from matrices that were read from a model (trainers, on the meta device).
 
@@ -121,6 +125,7 @@ class ModelShape(ShapeFields):
             linears=linears,
             embedding_params=embedding_params,
             other_params=other_params,
+            is_from_model=is_from_model,
         )
 
     @property

@@ -138,6 +138,11 @@ def is_experts(module: nn.Module) -> bool:
     return all(isinstance(p, nn.Parameter) and _ndim(p) == 3 for p in found)
 
 
+def parameter_suffix(name: str) -> str:
+    """experts.gate_up_proj of a fused parameter's full name."""
+    return ".".join(name.split(".")[-2:])
+
+
 def _ndim(parameter: nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))  # a sharded one is empty
 

@@ -9,17 +9,19 @@ checkpoint, and a trial that goes on must find it again.
 
 import math
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import torch
 from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from search_spaces.variants import DORA, RSLORA
 from trainers.adapters import MAGNITUDE, AdapterSpec, Pack, Slot
-from trainers.experts import PARAMETERS, is_experts, to_peft
+from trainers.experts import PARAMETERS, is_experts, parameter_suffix, to_peft
 from trainers.loop import Run, Trainer
 from trainers.store import LayerSize
 from trainers.targets import PEFT_PREFIX, matching_layers, peft_prefixes
@@ -203,10 +205,38 @@ def check_adapter_config(folder: Path, model: nn.Module, spec: AdapterSpec) -> N
 
 
 def reached_layers(model: nn.Module, config: LoraConfig) -> set[str]:
-    """Full names of the modules that PEFT would adapt."""
+    """Full names of the modules that PEFT would adapt.
+
+    Of some architectures with experts PEFT takes the names of their dense layers for those that the experts
+    had before transformers 5, and adapts the experts (and the router) in their place.
+    """
+    config = deepcopy(config)
+    convert_peft_config_for_transformers(config, model, None)
     targets = config.target_modules or ()
     modules = modules_ending_in(model, [targets] if isinstance(targets, str) else targets)
     return modules | parameters_ending_in(model, config.target_parameters or ())
+
+
+def require_expressible(model: nn.Module, spec: AdapterSpec, config: LoraConfig) -> None:
+    """Makes sure, before anything is trained, that PEFT can be told what is.
+
+    Args:
+        config: that would be saved.
+
+    Raises:
+        ValueError: PEFT would adapt other layers.
+    """
+    wanted, reached = set(matching_layers(model, spec.linears)), reached_layers(model, config)
+    if lost := sorted(wanted - reached):
+        names = sorted({linear.name for linear in spec.linears if _ends_in(lost, linear.name)})
+        raise ValueError(
+            f"PEFT cannot be told to adapt {', '.join(names)} of {type(model).__name__}: it takes these names for "
+            f"its experts ({len(lost)} layers, first {lost[0]}); leave them out of target"
+        )
+
+
+def _ends_in(layers: Iterable[str], suffix: str) -> bool:
+    return any(f".{layer}".endswith(f".{suffix}") for layer in layers)
 
 
 def modules_ending_in(model: nn.Module, suffixes: Iterable[str]) -> set[str]:
@@ -234,11 +264,6 @@ def rank_pattern(sizes: Mapping[str, LayerSize], spec: AdapterSpec) -> dict[str,
         for name, size in sizes.items()
         if size.num_experts
     }
-
-
-def parameter_suffix(name: str) -> str:
-    """experts.gate_up_proj of a fused parameter's full name."""
-    return ".".join(name.split(".")[-2:])
 
 
 class Probe:

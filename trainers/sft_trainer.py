@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate
 from search_spaces.capacity import validate_capacity
-from search_spaces.variants import DORA, parts_of, stored_rank
+from search_spaces.variants import DORA, PLAIN, parts_of, stored_rank
 from trainers.adapters import AdapterSpec, Pack
 from trainers.base_model import device_name, load_base
 from trainers.batches import RowSource
 from trainers.checkpoint import (
     checkpoint_examples,
     load_checkpoint,
+    lora_config,
     recorded_probe_loss,
 )
 from trainers.comm import Comm
@@ -29,7 +30,7 @@ from trainers.data import count_tokens, prepare_data
 from trainers.data.retention import retention_set
 from trainers.data.tokenizer import load_tokenizer
 from trainers.full import BaseWeights, unfreeze
-from trainers.gate import GateError, Probe
+from trainers.gate import GateError, Probe, require_expressible
 from trainers.head import check_head, check_packing
 from trainers.loop import Run, Trainer, new_run
 from trainers.measure import measure_max_tokens
@@ -194,7 +195,7 @@ class Station:
         """The matrices that a candidate adapts, counted in the loaded model.
 
         Raises:
-            ValueError: not those of the plan, to the parameter.
+            ValueError: not those of the plan, to the parameter, or layers that PEFT cannot be told of.
         """
         if candidate.full_finetune:
             return {}
@@ -204,7 +205,17 @@ class Station:
         if DORA in parts_of(candidate.variant):
             live += sum(size.num_out for size in sizes.values())
         self._require_planned(candidate, live)
+        slot = self.pack.enter(adapter_of(replace(candidate, variant=PLAIN), self.shape))
+        try:
+            self._require_expressible(slot)
+        finally:
+            self.pack.leave(slot)
         return {"adapter": {"layers": len(sizes), "lora_rank": candidate.lora_rank, "params": live}}
+
+    def _require_expressible(self, slot: int) -> None:
+        spec = self.pack.slots[slot].spec
+        assert spec is not None
+        require_expressible(self.model, spec, lora_config(self.pack, spec, "", None))
 
     def _require_planned(self, candidate: Candidate, num_params: int) -> None:
         planned = self.shape.held_params(candidate.lora_rank, candidate.target, candidate.variant)
@@ -243,6 +254,7 @@ class Station:
             if not self.full_finetune:
                 views = run.slot.parameters.values()
                 self._require_planned(spec.candidate, sum(view.numel() for view in views))
+                self._require_expressible(slot)
             _fetch(paths)
             if load_checkpoint(run, paths.checkpoint):
                 recorded = recorded_probe_loss(paths.checkpoint)

@@ -74,9 +74,36 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "gpt-oss": _config(
         "GptOss", **SIZES, **MOE, head_dim=16, num_local_experts=4, sliding_window=16
     ),
+    "stablelm": _config("StableLm", **SIZES),
+    "olmoe": _config("Olmoe", **SIZES, **MOE, num_experts=4),
+    "qwen2-moe": _config(
+        "Qwen2Moe",
+        **SIZES,
+        **MOE,
+        num_experts=4,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        decoder_sparse_step=2,
+    ),
+    "deepseek-v3": _config(
+        "DeepseekV3",
+        **(SIZES | {"num_hidden_layers": 3, "num_key_value_heads": 4}),
+        **MOE,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=64,
+        first_k_dense_replace=1,
+        q_lora_rank=64,
+        kv_lora_rank=64,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+    ),
 }
-"""Family -> its config; every family of docs/doctrine.md, section 3, tied heads and multimodal included."""
-MOE_FAMILIES = ("mixtral", "qwen3-moe", "gpt-oss")
+"""Family -> its config; every family of docs/doctrine.md, section 3, tied heads and multimodal included, and
+some that have no reader, so that their layers are read from the built model."""
+MOE_FAMILIES = ("mixtral", "qwen3-moe", "gpt-oss", "olmoe", "qwen2-moe", "deepseek-v3")
 
 
 def tiny_of(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

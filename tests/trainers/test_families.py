@@ -9,23 +9,30 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from search_spaces.architecture import ModelShape
 from tests.trainers.families import CONFIGS, MOE_FAMILIES, tiny_of
 from tests.trainers.tiny import random_rows
 from trainers.adapters import AdapterSpec, Pack, inject
 from trainers.base_model import load_base, nf4_layer_names
 from trainers.base_spec import BaseSpec
 from trainers.batches import RowSource
-from trainers.checkpoint import ADAPTER_FILE, load_checkpoint, save_checkpoint, save_weights
+from trainers.checkpoint import (
+    ADAPTER_FILE,
+    load_checkpoint,
+    lora_config,
+    save_checkpoint,
+    save_weights,
+)
 from trainers.composer import ForwardLimits
 from trainers.experts import from_peft, peft_shape, to_peft
+from trainers.gate import require_expressible
 from trainers.head import check_head
 from trainers.loop import Run, RunSpec, Trainer, new_run
+from trainers.meta_shape import shape_of_config
 
 # PEFT warns of each Linear head beside Conv1D layers, and that experts have a rank of their own.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set to True:UserWarning",
-    "ignore:The following rank_pattern keys did not match:RuntimeWarning",
+    "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning",
     "ignore:.*tie_word_embeddings.*:UserWarning",
 )
 CPU = torch.device("cpu")
@@ -34,7 +41,7 @@ RUN = RunSpec(learning_rate=1e-2, global_batch_size=6, num_examples=18, eval_eve
 
 
 def spec_of(model, lora_rank: int = 4, target=None, **changes) -> AdapterSpec:
-    shape = ModelShape.from_config(model.config.to_dict())
+    shape = shape_of_config(model.config)
     linears = shape.resolve_target(target or shape.components)
     return AdapterSpec(lora_rank=lora_rank, lora_alpha=32, linears=linears, **changes)
 
@@ -49,6 +56,11 @@ def trainer_of(pack: Pack) -> Trainer:
     )
 
 
+def expressible(family: str) -> tuple[str, ...] | None:
+    """The target that PEFT can be told of, where it is not everything."""
+    return ("attn", "experts", "unembed") if family == "deepseek-v3" else None
+
+
 def randomise(pack: Pack, slot: int = 0) -> None:
     """Gives every B values, as training would."""
     generator = torch.Generator().manual_seed(1)
@@ -60,7 +72,7 @@ def randomise(pack: Pack, slot: int = 0) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_family_count_is_the_shapes_and_every_matrix_gets_a_gradient(family):
     model = tiny_of(family)
-    shape = ModelShape.from_config(model.config.to_dict())
+    shape = shape_of_config(model.config)
     pack = inject(model, [spec_of(model)])
     check_head(pack)
     slot = pack.slots[0]
@@ -110,13 +122,13 @@ def test_family_adapter_in_a_pack_follows_what_it_loses_alone(family):
 
 
 def spec_components(model) -> tuple[str, ...]:
-    return ModelShape.from_config(model.config.to_dict()).components
+    return shape_of_config(model.config).components
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_family_adapter_is_loaded_by_peft_and_gives_the_same_logits(family, tmp_path):
     model = tiny_of(family)
-    pack = inject(model, [spec_of(model)])
+    pack = inject(model, [spec_of(model, target=expressible(family))])
     randomise(pack)
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
@@ -127,9 +139,10 @@ def test_family_adapter_is_loaded_by_peft_and_gives_the_same_logits(family, tmp_
         got = loaded(input_ids=IDS).logits
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
     assert (untouched - expected).abs().max() > 1e-2
-    shape = ModelShape.from_config(model.config.to_dict())
+    shape = shape_of_config(model.config)
     saved = load_file(tmp_path / ADAPTER_FILE)
-    assert sum(tensor.numel() for tensor in saved.values()) == shape.lora_params(4)
+    target = expressible(family) or shape.components
+    assert sum(tensor.numel() for tensor in saved.values()) == shape.lora_params(4, target)
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
@@ -156,7 +169,7 @@ def test_family_with_experts_goes_on_from_its_checkpoint_in_the_same_numbers(fam
 
     def fresh() -> tuple[Pack, Trainer, Run]:
         pack = Pack(tiny_of(family))
-        slot = pack.enter(spec_of(pack.model))
+        slot = pack.enter(spec_of(pack.model, target=expressible(family)))
         return pack, trainer_of(pack), new_run(pack, slot, RUN)
 
     pack, trainer, run = fresh()
@@ -177,7 +190,9 @@ def test_family_with_experts_goes_on_from_its_checkpoint_in_the_same_numbers(fam
 LLAMA_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-@pytest.mark.parametrize("family", [*MOE_FAMILIES, "phi3", "gpt2", "falcon"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen3-moe", "gpt-oss", "olmoe", "phi3", "gpt2", "falcon"]
+)
 def test_family_without_the_layers_of_a_name_list_is_refused_and_not_half_trained(family):
     # Field cases B01 and B13: elsewhere such a list trains attention alone, or two layers of four.
     with pytest.raises(ValueError, match=r"target '\w+' matches no layer"):
@@ -190,15 +205,35 @@ def test_family_with_experts_adapts_them_all_and_never_the_router(family):
     model = tiny_of(family)
     pack = inject(model, [spec_of(model)])
     found = {name.partition(".layers.")[2] for name in pack.layers}
-    for layer in ("0", "1"):
+    sparse = {
+        name.split(".")[2] for name, _ in tiny_of(family).named_parameters() if ".experts." in name
+    }
+    assert len(sparse) == (1 if family == "qwen2-moe" else 2)  # the others' first layer is dense
+    for layer in sparse:
         for parameter in ("gate_up_proj", "down_proj"):
             assert f"{layer}.mlp.experts.{parameter}" in found
     assert [name for name in found if "gate." in f"{name}." or "router" in name] == []
     # The rank of each expert is rank / active, and alpha stays 32: a scale of 32 / 2.
-    site = next(layer for name, layer in pack.layers.items() if name.endswith("down_proj"))
+    site = next(layer for name, layer in pack.layers.items() if name.endswith(".experts.down_proj"))
     assert site.size.rank(4) == 2
     assert pack.slots[0].spec is not None
     assert pack.slots[0].spec.scaling(site.size) == 16
+
+
+def test_family_whose_dense_layers_peft_takes_for_experts_is_refused_before_it_trains():
+    # Loaded, such an adapter would be another one: PEFT maps the names on the experts.
+    pack = inject(tiny_of("deepseek-v3"), [spec_of(tiny_of("deepseek-v3"))])
+    spec = pack.slots[0].spec
+    assert spec is not None
+    with pytest.raises(
+        ValueError, match=r"PEFT cannot be told to adapt .*mlp\.gate_proj.* of Deepseek"
+    ):
+        require_expressible(pack.model, spec, lora_config(pack, spec, "", None))
+    rest = inject(tiny_of("deepseek-v3"), [spec_of(pack.model, target=expressible("deepseek-v3"))])
+    assert rest.slots[0].spec is not None
+    require_expressible(
+        rest.model, rest.slots[0].spec, lora_config(rest, rest.slots[0].spec, "", None)
+    )
 
 
 def test_family_multimodal_adapts_the_language_part_alone():
@@ -227,10 +262,12 @@ def test_family_in_nf4_trains_every_matrix_and_is_loaded_by_peft(
     # What bitsandbytes leaves whole: embeddings, head, and experts, which are no Linear layers (B07).
     quantized = nf4_layer_names(model)
     assert quantized
-    assert not [name for name in quantized if "experts" in name or name.endswith("lm_head")]
-    pack = inject(model, [spec_of(model)])
-    shape = ModelShape.from_config(model.config.to_dict())
-    assert sum(view.numel() for view in pack.slots[0].parameters.values()) == shape.lora_params(4)
+    assert not [name for name in quantized if ".experts." in name or name.endswith("lm_head")]
+    pack = inject(model, [spec := spec_of(model, target=expressible(family))])
+    shape = shape_of_config(model.config)
+    target = expressible(family) or shape.components
+    count = sum(view.numel() for view in pack.slots[0].parameters.values())
+    assert count == shape.lora_params(spec.lora_rank, target)
     randomise(pack)
     batch = RowSource(random_rows(40), 0, CPU).batch([np.arange(40)], 1 << 16)
     trainer_of(pack).head.train_nats(batch, (0,), [1.0])

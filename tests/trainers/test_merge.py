@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.trainers.families import CONFIGS, tiny_of
-from tests.trainers.test_families import IDS, QUANTIZABLE, RUN, randomise, spec_of
+from tests.trainers.test_families import IDS, QUANTIZABLE, RUN, expressible, randomise, spec_of
 from trainers.adapters import AdapterSpec, inject
 from trainers.base_model import load_base
 from trainers.base_spec import BaseSpec
@@ -21,7 +21,7 @@ from trainers.merge import merge_adapter
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set to True:UserWarning",
-    "ignore:The following rank_pattern keys did not match:RuntimeWarning",
+    "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning",
     "ignore:.*tie_word_embeddings.*:UserWarning",
 )
 
@@ -32,7 +32,7 @@ def saved(family: str, folder: Path, **base_values) -> tuple[BaseSpec, AdapterSp
     base = BaseSpec(
         model=str(folder / "base"), **{"quantization": "none", "dtype": "fp32"} | base_values
     )
-    pack = inject(load_base(base), [spec_of(tiny_of(family))])
+    pack = inject(load_base(base), [spec_of(tiny_of(family), target=expressible(family))])
     randomise(pack)
     (folder / "adapter").mkdir()
     save_weights(

@@ -1,9 +1,17 @@
 """Shapes of architectures that search_spaces does not know, against the real model's parameters."""
 
+import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, StableLmConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    OPTConfig,
+    StableLmConfig,
+)
 
 from search_spaces.architecture import ModelShape
+from tests.trainers.families import tiny_of
 from trainers.adapters import AdapterSpec, inject
 from trainers.meta_shape import shape_of_config
 
@@ -47,3 +55,34 @@ def test_shape_of_config_known_architecture_is_read_from_the_config():
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
     )
     assert shape_of_config(config) == ModelShape.from_config(config.to_dict())
+
+
+def test_shape_of_config_finds_fused_experts_and_leaves_the_routers():
+    # Left out without a word, most of the model would stay frozen (field cases B01 and B02).
+    config = tiny_of("qwen2-moe").config
+    shape = shape_of_config(config)
+    assert shape.is_from_model
+    assert (shape.num_experts, shape.num_active_experts) == (4, 2)
+    assert shape.components == ("attn", "mlp", "experts", "unembed")
+    names = {linear.name for linear in shape.linears}
+    assert {"experts.gate_up_proj", "experts.down_proj", "mlp.shared_expert.gate_proj"} <= names
+    assert not [name for name in names if name.endswith((".gate", "expert_gate"))]
+    # One sparse layer, 4 experts of width 64, rank 8 / 2 active: the fused scheme, 2H + 3m.
+    assert shape.lora_params(8, "experts") == 4 * 4 * (2 * 64 + 3 * 64)
+    assert shape.num_params == sum(p.numel() for p in tiny_of("qwen2-moe").parameters())
+
+
+def test_shape_of_config_of_experts_that_cannot_be_trained_is_refused():
+    config = Llama4TextConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        intermediate_size_mlp=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+        num_local_experts=4,
+        pad_token_id=0,
+    )
+    with pytest.raises(ValueError, match=r"experts of this kind cannot be trained by this version"):
+        shape_of_config(config)

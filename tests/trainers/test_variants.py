@@ -23,7 +23,7 @@ from trainers.pissa import principal
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set to True:UserWarning",
-    "ignore:The following rank_pattern keys did not match:RuntimeWarning",
+    "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning",
     "ignore:.*tie_word_embeddings.*:UserWarning",
 )
 DENSE = ["llama-tied", "phi3", "gpt2", "gpt-neox", "falcon"]
