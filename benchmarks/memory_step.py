@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from cluster.holding import BaseHolding, Forward
 from cluster.memory import StepBytes, step_bytes
 from search_spaces.architecture import ModelShape
+from search_spaces.variants import DORA, PLAIN, parts_of, stored_rank
 from trainers.adapters import AdapterSpec, Pack
 from trainers.base_model import DTYPES, load_base
 from trainers.base_spec import BaseSpec
@@ -43,6 +44,7 @@ class StepCase:
     row_tokens: int = 64
     loss_frac: float = 0.3
     dropout: float = 0.0
+    variant: str = PLAIN
     dtype: str = "fp32"
     quantized: bool = False
     keep_dequantized: bool = False
@@ -73,8 +75,9 @@ class StepCase:
             tokens=rows * self.row_tokens,
             row_tokens=self.row_tokens,
             loss_tokens=rows * self.loss_tokens_per_row,
-            lora_rank=self.lora_rank,
+            lora_rank=stored_rank(self.lora_rank, self.variant),
             dropout=self.dropout > 0,
+            magnitudes=DORA in parts_of(self.variant),
             packed=self.num_examples > 1,
         )
 
@@ -169,7 +172,12 @@ def measure_step(
     pack, linears = Pack(model), shape.resolve_target(case.target)
     specs = [
         AdapterSpec(
-            lora_rank=case.lora_rank, lora_alpha=8, linears=linears, dropout=case.dropout, seed=k
+            lora_rank=case.lora_rank,
+            lora_alpha=8,
+            linears=linears,
+            dropout=case.dropout,
+            seed=k,
+            variant=case.variant,
         )
         for k in range(case.num_adapters)
     ]

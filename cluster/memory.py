@@ -20,6 +20,7 @@ from cluster.step_moments import (
     step_moments,
 )
 from search_spaces.architecture import ModelShape, Target
+from search_spaces.variants import DORA, PLAIN
 
 STATE_ROWS = 4
 """fp32 numbers of an adapter's parameter: weight, gradient, two AdamW moments (trainers/store.py)."""
@@ -96,10 +97,13 @@ def base_bytes(shape: ModelShape, holding: BaseHolding) -> tuple[int, int]:
     return -(-weights // holding.num_shards), sum(map(nf4_constant_bytes, quantized))
 
 
-def adapter_row_bytes(shape: ModelShape, target: Target, lora_rank: int) -> int:
+def adapter_row_bytes(
+    shape: ModelShape, target: Target, lora_rank: int, *, magnitudes: bool = False
+) -> int:
     """Bytes of one slot's weights alone, at the rank and over the layers that the store reserves: the
-    largest rank of the pack and the union of its targets."""
-    return FLOAT_BYTES * shape.lora_params(lora_rank, target)
+    largest rank of the pack and the union of its targets, with magnitudes where any of it is a DoRA."""
+    variant = DORA if magnitudes else PLAIN
+    return FLOAT_BYTES * shape.trained_params(lora_rank, target, variant)
 
 
 def adapter_bytes(shape: ModelShape, target: Target, lora_rank: int) -> int:
@@ -148,7 +152,7 @@ def step_bytes(
             f"num_slots must be at least num_adapters ({forward.num_adapters}), got {num_slots}"
         )
     base, constants = base_bytes(shape, holding)
-    row = adapter_row_bytes(shape, target, forward.lora_rank)
+    row = adapter_row_bytes(shape, target, forward.lora_rank, magnitudes=forward.magnitudes)
     moments = step_moments(shape, holding, forward, shape.resolve_target(target), device_type)
     if holding.num_workers > 1:
         moments["all-reduce"] = Transient(reduce_buffer=row if row <= FLAT_BYTES else 0)

@@ -10,8 +10,8 @@ from orchestration.config import SweepConfig
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate
 from search_spaces.domains import SearchSpace
-from search_spaces.pruner import MEMORY, Verdict
-from search_spaces.variants import DORA, parts_of, stored_rank
+from search_spaces.pruner import MEMORY, SHARDED_VARIANT, Verdict
+from search_spaces.variants import DORA, WHOLE_WEIGHTS, parts_of, stored_rank
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -144,7 +144,7 @@ class MemoryRule:
         needs = needs_of(self.config, self.shape, target, on_gpu=self.on_gpu)
         wanted = FORWARD_TOKENS["gpu" if self.on_gpu else "cpu"]
         try:
-            choose(needs, workload, self.places, self.asked, wanted_tokens=wanted)
+            fit = choose(needs, workload, self.places, self.asked, wanted_tokens=wanted)
         except DoesNotFitError as error:
             numbers = {
                 "lora_rank": lora_rank,
@@ -153,5 +153,12 @@ class MemoryRule:
             }
             return Verdict(
                 rule=MEMORY, reason=f"OUT OF MEMORY: {'+'.join(target)}: {error}", numbers=numbers
+            )
+        if fit.way.strategy == "zero3" and (lost := parts_of(variant) & WHOLE_WEIGHTS):
+            return Verdict(
+                rule=SHARDED_VARIANT,
+                reason=f"variant {variant}: {' and '.join(sorted(lost))} needs whole weights on each worker, and "
+                "the base is sharded (strategy zero3); set variant: lora or rslora",
+                numbers={},
             )
         return None

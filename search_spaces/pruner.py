@@ -18,6 +18,7 @@ Policy = Literal["discard", "advisory"]
 CAPACITY = "capacity"
 EXPERT_DROPOUT = "expert_dropout"
 EXPERT_VARIANT = "expert_variant"
+SHARDED_VARIANT = "sharded_variant"
 MEMORY = "memory"
 """The rule of cluster/, which this package cannot see: its numbers hold needed_bytes and room_bytes."""
 
@@ -32,7 +33,8 @@ class Discarded:
 
     Attributes:
         candidate: as it was proposed.
-        rule: 'capacity', 'expert_dropout', 'expert_variant', or the name of a rule from outside ('memory').
+        rule: 'capacity', 'expert_dropout', 'expert_variant', or the name of a rule from outside ('memory',
+            'sharded_variant').
         reason: one sentence for a person.
         numbers: what the sentence says, for plan.json; shared between equal verdicts.
     """

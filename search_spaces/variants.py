@@ -19,6 +19,9 @@ MEANINGS: Mapping[str, str] = {
 ON_EXPERTS = frozenset({RSLORA, LORA_PLUS})
 """Variants that fused experts can have: PEFT's ParamWrapper has no magnitudes, and no start of its own."""
 
+WHOLE_WEIGHTS = frozenset({DORA, PISSA})
+"""Variants that read the frozen weights as a matrix: they need a whole base on every worker."""
+
 
 def canonical(text: str) -> str:
     """A variant, or a combination of several joined by '+', in the order of MEANINGS.

@@ -22,6 +22,7 @@ from search_spaces.variants import (
     ON_EXPERTS,
     PISSA,
     PLAIN,
+    WHOLE_WEIGHTS,
     parts_of,
     scale,
     stored_rank,
@@ -281,7 +282,7 @@ class Pack:
             raise ValueError(
                 f"variant {spec.variant} cannot be trained on fused experts; leave experts out of target"
             )
-        if self.sharding is not None and parts & {DORA, PISSA}:
+        if self.sharding is not None and parts & WHOLE_WEIGHTS:
             raise ValueError(
                 f"variant {spec.variant} needs whole weights on each worker, got a sharded base; set strategy: "
                 "ddp or single, or variant: lora"

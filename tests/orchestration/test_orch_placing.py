@@ -53,6 +53,31 @@ def test_placed_plan_discards_the_ranks_that_have_no_room_with_their_bytes():
     assert "what would fit" in cut[0]["reason"]
 
 
+def test_placed_plan_on_a_sharded_base_discards_the_variants_that_need_whole_weights():
+    variants = ["lora", "rslora", "dora", "lora_plus", "rslora+pissa"]
+    config = config_of("Llama-3.1-70B", lora_rank=128, strategy="zero3", variant=variants)
+    plan = placed_plan(config, parse_inventory("8xH100-80GB"))
+    assert plan["packs"]["strategy"] == "zero3"
+    kept = {item["candidate"].get("variant") for item in plan["candidates"]}
+    assert kept == {None, "rslora", "lora_plus"}
+    reasons = {i["candidate"]["variant"]: i["reason"] for i in plan["discarded"]}
+    assert reasons.keys() == {"dora", "rslora+pissa"}
+    assert "pissa needs whole weights on each worker" in reasons["rslora+pissa"]
+    small = config_of("Llama-3.2-1B", lora_rank=16, variant=["lora", "dora"], num_candidates=2)
+    assert not placed_plan(small, parse_inventory("1xH100-80GB"))["discarded"]
+
+
+def test_placed_plan_of_a_pissa_holds_each_rank_twice():
+    def needed(variant: str) -> int:
+        config = config_of(
+            "Llama-3.1-8B", lora_rank=256, variant=variant, pack_size=1, num_candidates=1
+        )
+        return placed_plan(config, parse_inventory("1xH100-80GB"))["packs"]["bytes"]["adapters"]
+
+    assert needed("pissa") == pytest.approx(2 * needed("lora"), rel=0.01)
+    assert needed("lora") < needed("dora") < 1.05 * needed("lora")
+
+
 def test_placed_plan_of_a_random_search_draws_no_rank_without_room():
     config = config_of(
         "Llama-3.1-70B",

@@ -84,6 +84,10 @@ def check(config: PretrainedConfig, case: StepCase, folder: Path) -> StepBytes:
         ({}, StepCase(quantized=True, keep_dequantized=True, dtype="bf16", target="attn")),
         ({}, StepCase(dropout=0.1, dtype="bf16", gradient_checkpointing=True)),
         ({}, StepCase(num_examples=4, row_tokens=128)),
+        ({}, StepCase(variant="pissa", lora_rank=16)),
+        ({}, StepCase(variant="dora", rows=8)),
+        ({"hidden_size": 128}, StepCase(variant="dora", dtype="bf16", loss_frac=1.0, rows=8)),
+        ({}, StepCase(variant="dora", quantized=True, gradient_checkpointing=True, rows=8)),
         ({"tie_word_embeddings": True, "num_key_value_heads": 8}, StepCase()),
     ],
 )
