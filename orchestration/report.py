@@ -152,7 +152,8 @@ def _verdict(records: list[TrialRecord], best: TrialRecord | None) -> str:
         return '<p class="bad">No trial ended with a usable score: every one diverged or failed (reasons below).</p>'
     candidate, text = best.candidate, []
     text.append(
-        f"Best: lora_rank {candidate['lora_rank']}, learning_rate {candidate['learning_rate']:.2e}, "
+        f"Best: {_variant_text(best)}lora_rank {candidate['lora_rank']}, "
+        f"learning_rate {candidate['learning_rate']:.2e}, "
         f"global_batch_size {candidate['global_batch_size']}, with eval_loss {best.best['eval_loss']:.4f} "
         f"after {best.best['examples']:,} examples."
     )
@@ -168,6 +169,11 @@ def _verdict(records: list[TrialRecord], best: TrialRecord | None) -> str:
         )
     text.append("One seed per candidate: differences below the noise between seeds decide nothing.")
     return f"<p>{html.escape(' '.join(text))}</p>"
+
+
+def _variant_text(record: TrialRecord) -> str:
+    variant = record.settings.variant
+    return "" if variant == PLAIN else f"variant {variant}, "
 
 
 def _charts(plan: dict[str, Any], records: list[TrialRecord]) -> str:

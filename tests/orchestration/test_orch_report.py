@@ -12,7 +12,7 @@ import pytest
 from orchestration.report import write_report
 from tests.orchestration.sweeps import candidate_dict
 from trainers.data import DataSpec, audit_data
-from trainers.paths import RunPaths, read_json_lines, write_json, write_json_lines
+from trainers.paths import RunPaths, read_json, read_json_lines, write_json, write_json_lines
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -111,6 +111,25 @@ def test_write_report_names_the_best_the_failed_and_the_discarded(run):
     markup = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(r"""(src|href)=["']https?://""", markup)  # self-contained
     assert "<script src" not in text
+
+
+def test_write_report_names_variants_with_their_scale_and_how_to_train_the_best_again(run):
+    names = [folder.name for folder in run.trials.iterdir()]
+    assert "variant</th>" not in written(run)
+    for name in names:
+        path = run.trial(name).config
+        config = read_json(path)
+        write_json(path, config | {"candidate": config["candidate"] | {"variant": "rslora"}})
+    text = written(run)
+    assert "Best: variant rslora, lora_rank 4, learning_rate 1.00e-03" in text
+    assert "variant: rslora" in text  # best.yaml
+    for cell in ("<td>rslora</td>", ">16</td>", ">1.60e-02</td>"):  # 32 / sqrt(4), and times 1e-3
+        assert cell in text
+
+
+def written(run) -> str:
+    write_report(run)
+    return run.report.read_text()
 
 
 def test_write_report_tells_the_packs_of_warm_workers_and_that_solo_had_none(run):
