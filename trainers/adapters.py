@@ -118,8 +118,8 @@ class AdaptedLayer(nn.Module):
         self.matrices: Matrices | None = None
         self.dropout_keys_S = torch.zeros(0, dtype=torch.int64)
         self.magnitudes: Magnitudes | None = None
-        self.doras: dict[int, int] = {}
-        """Rank of each slot that is a DoRA here."""
+        self.doras: dict[int, tuple[int, float]] = {}
+        """Rank and scale of each slot that is a DoRA here."""
         self.norms_O: torch.Tensor | None = None
         """|W| by rows, once a DoRA came."""
         self._norms: dict[int, tuple[int, torch.Tensor]] = {}
@@ -163,11 +163,10 @@ class AdaptedLayer(nn.Module):
         return Scaled.apply(
             out,
             bias,
-            segments.anchor,
             torch.stack(gains),
             torch.stack(per_norm),
             self.magnitudes,
-            segments.slots,
+            segments.index,
         )
 
     def _norms_of(self, slot: int) -> torch.Tensor:
@@ -176,7 +175,7 @@ class AdaptedLayer(nn.Module):
         assert self.norms_O is not None
         version, norms = self._norms.get(slot, (-1, self.norms_O))
         if version != self.ctx.weights_version:
-            rank, scaling = self.doras[slot], float(self.matrices.scaling_S[slot])
+            rank, scaling = self.doras[slot]
             A, B = self.matrices.A_SRI[slot, :rank], self.matrices.B_SRO[slot, :rank]
             norms = adapted_norms(self.base, self.norms_O, A, B, scaling)
             self._norms[slot] = (self.ctx.weights_version, norms)
@@ -269,7 +268,7 @@ class Pack:
             layer.hit.add(index)
             layer.dropout_keys[index] = derived_seed(spec.seed, "dropout", name)
             if spec.has(DORA) and isinstance(layer, AdaptedLayer):
-                layer.doras[index] = spec.held_rank
+                layer.doras[index] = spec.held_rank, spec.scaling(layer.size)
         self._bind_slot(index, slot)
         self._bind_layers()
         self._initialise(index, spec)

@@ -66,26 +66,30 @@ def adapted_norms(
 class Scaled(torch.autograd.Function):
     """g (out - b) + b by segments, where g is 1 for the slots that are no DoRA.
 
-    forward(out [..., O], bias [O] or None, anchor, gains_nO = g - 1, per_norm_nO = 1 / |.| (0 for others),
-    magnitudes, slots): the magnitudes' gradients are added to the store, as lowrank.py does its own.
+    forward(out [..., O], bias [O] or None, gains_nO = g - 1, per_norm_nO = 1 / |.| (0 for others),
+    magnitudes, index): the magnitudes' gradients are added to the store, as lowrank.py does its own.
     """
 
     @staticmethod
-    def forward(ctx: Any, out, bias, anchor, gains_nO, per_norm_nO, magnitudes, slots):
-        n = len(slots)
+    def forward(ctx: Any, out, bias, gains_nO, per_norm_nO, magnitudes, index):
+        n = len(gains_nO)
         z = out if bias is None else out - bias
         gains = gains_nO[:, None].to(out.dtype)
         y_nNO = torch.addcmul(out.view(n, -1, out.shape[-1]), z.view(n, -1, out.shape[-1]), gains)
         ctx.save_for_backward(z, gains, per_norm_nO)
-        ctx.magnitudes, ctx.slots = magnitudes, slots
+        ctx.magnitudes, ctx.index = magnitudes, index
         return y_nNO.view(out.shape)
 
     @staticmethod
     def backward(ctx: Any, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         z, gains, per_norm_nO = ctx.saved_tensors
-        n, width = len(ctx.slots), grad.shape[-1]
+        n, width = len(per_norm_nO), grad.shape[-1]
         grad_nNO, z_nNO = grad.reshape(n, -1, width), z.view(n, -1, width)
         stored = ctx.magnitudes.grad_m_SO
         summed_nO = torch.einsum("nto,nto->no", grad_nNO, z_nNO).to(stored.dtype)
-        stored.index_add_(0, torch.tensor(ctx.slots, device=stored.device), summed_nO * per_norm_nO)
-        return torch.addcmul(grad_nNO, grad_nNO, gains).view(grad.shape), *[None] * 6
+        found_nO = summed_nO * per_norm_nO
+        if isinstance(ctx.index, slice):
+            stored[ctx.index] += found_nO
+        else:
+            stored.index_add_(0, ctx.index, found_nO)
+        return torch.addcmul(grad_nNO, grad_nNO, gains).view(grad.shape), *[None] * 5

@@ -168,6 +168,8 @@ def fill(layer: nn.Module, loaded: nn.Module, name: str) -> None:
     Raises:
         ValueError: the two are not of the same make, or something stays empty.
     """
+    if other := {n for n, _ in layer.named_modules()} ^ {n for n, _ in loaded.named_modules()}:
+        raise ValueError(_unlike(name, other))
     for path, module in list(loaded.named_modules()):
         if type(module).__name__ == "Linear4bit":
             layer.set_submodule(path, module)  # the empty layer has a plain Linear there
@@ -183,10 +185,14 @@ def fill(layer: nn.Module, loaded: nn.Module, name: str) -> None:
     )
     empty = [n for n, t in [*layer.named_parameters(), *layer.named_buffers()] if t.is_meta]
     if expected != got or empty:
-        raise ValueError(
-            f"layer {name} must be built like the others to be loaded alone, it differs in "
-            f"{sorted({*empty, *(expected.items() ^ got.items())}, key=str)[:2]}; this model cannot be sharded"
-        )
+        raise ValueError(_unlike(name, {*empty, *(expected.items() ^ got.items())}))
+
+
+def _unlike(name: str, differences: Iterable[object]) -> str:
+    return (
+        f"layer {name} must be built like the others to be loaded alone, it differs in "
+        f"{sorted(differences, key=str)[:2]}; this model cannot be sharded"
+    )
 
 
 PER_LAYER = ("layer_types", "no_rope_layers")

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 
 from search_spaces import doctrine
 from tests.trainers.families import MOE_FAMILIES, tiny_of
-from tests.trainers.test_families import IDS, RUN, spec_of, trainer_of
+from tests.trainers.test_families import IDS, RUN, expressible, spec_of, trainer_of
 from trainers.adapters import AdaptedLayer, AdapterSpec, Pack, inject
 from trainers.base_model import load_base
 from trainers.base_spec import BaseSpec
@@ -67,7 +67,7 @@ def test_variant_is_loaded_by_peft_and_gives_the_same_logits(family, variant, tm
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_variant_on_experts_is_loaded_by_peft_and_gives_the_same_logits(family, variant, tmp_path):
     model = tiny_of(family)
-    pack = inject(model, [spec_of(model, 6, variant=variant)])
+    pack = inject(model, [spec_of(model, 6, expressible(family), variant=variant)])
     randomise(pack)
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
