@@ -94,7 +94,7 @@ class LayerLoader:
 
     def layer(self, index: int) -> nn.Module:
         """One layer."""
-        config = one_layer_config(self.skeleton.config, index)
+        config = self._config_of(index)
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
             _without_vocabulary(part)
         names = [name for name in self.files.path_of if self._layer_of(name) == index]
@@ -107,6 +107,21 @@ class LayerLoader:
             for name, tensor in self.files.tensors(names).items()
         }
         return decoder_layers(self._load(config, tensors))[1][0]
+
+    def _config_of(self, index: int) -> PretrainedConfig:
+        """The config of a model whose one layer is made as layer `index` is: where dense and sparse layers
+        are mixed, a config says it by the layer's number."""
+        wanted = _module_names(decoder_layers(self.skeleton)[1][index])
+        found: set[str] = set()
+        for changes in KINDS:
+            config = one_layer_config(self.skeleton.config, index)
+            text = config.get_text_config()
+            for key in changes.keys() & vars(text).keys():
+                setattr(text, key, changes[key])
+            found = _module_names(decoder_layers(meta_model(config))[1][0])
+            if found == wanted:
+                return config
+        raise ValueError(_unlike(f"{self.list_name}.{index}", wanted ^ found))
 
     def _layer_of(self, name: str) -> int | None:
         found = self.layer_name.search(name)
@@ -168,7 +183,7 @@ def fill(layer: nn.Module, loaded: nn.Module, name: str) -> None:
     Raises:
         ValueError: the two are not of the same make, or something stays empty.
     """
-    if other := {n for n, _ in layer.named_modules()} ^ {n for n, _ in loaded.named_modules()}:
+    if other := _module_names(layer) ^ _module_names(loaded):
         raise ValueError(_unlike(name, other))
     for path, module in list(loaded.named_modules()):
         if type(module).__name__ == "Linear4bit":
@@ -188,6 +203,10 @@ def fill(layer: nn.Module, loaded: nn.Module, name: str) -> None:
         raise ValueError(_unlike(name, {*empty, *(expected.items() ^ got.items())}))
 
 
+def _module_names(layer: nn.Module) -> set[str]:
+    return {name for name, _ in layer.named_modules()}
+
+
 def _unlike(name: str, differences: Iterable[object]) -> str:
     return (
         f"layer {name} must be built like the others to be loaded alone, it differs in "
@@ -195,6 +214,12 @@ def _unlike(name: str, differences: Iterable[object]) -> str:
     )
 
 
+KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"first_k_dense_replace": 0, "mlp_only_layers": [], "decoder_sparse_step": 1},
+    {"first_k_dense_replace": 1, "mlp_only_layers": [0]},
+)
+"""What makes the only layer of a config as it says by itself, sparse, or dense."""
 PER_LAYER = ("layer_types", "no_rope_layers")
 """Lists of a config with an entry for each layer."""
 

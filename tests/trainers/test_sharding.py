@@ -9,21 +9,21 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.multiprocessing.spawn import ProcessRaisedException
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Ernie4_5_MoeConfig, LlamaConfig, LlamaForCausalLM
 
-from tests.trainers.families import tiny_of
+from tests.trainers.families import MOE_FAMILIES, tiny_of
 from tests.trainers.packs import CPU, NAMES, RUNS, Bench
 from tests.trainers.test_families import RUN, spec_of
 from tests.trainers.tiny import TINY_LLAMA, random_rows
 from trainers.adapters import Pack
-from trainers.base_model import load_base
+from trainers.base_model import load_base, meta_model
 from trainers.base_spec import BaseSpec
 from trainers.batches import RowSource
 from trainers.comm import Comm
 from trainers.composer import ForwardLimits
 from trainers.loop import Trainer, new_run
 from trainers.paths import read_json, write_json
+from trainers.sharded_loading import LayerLoader, WeightFiles
 from trainers.sharding import Sharding
 
 STEPS = 5
@@ -121,7 +121,7 @@ def test_sharded_pack_follows_the_losses_of_a_worker_that_holds_it_all(tmp_path)
 @pytest.mark.slow
 def test_sharded_experts_follow_the_losses_of_a_worker_that_holds_them_all(tmp_path):
     specs = []
-    for family in ("mixtral", "qwen3-moe", "gpt-oss", "olmoe"):
+    for family in MOE_FAMILIES:  # of which some have dense layers beside the sparse ones
         tiny_of(family).save_pretrained(tmp_path / family)
         base = BaseSpec(model=str(tmp_path / family), dtype="fp32", sharded=True)
         specs += [base, replace(base, quantization="none")]
@@ -134,11 +134,14 @@ def test_sharded_experts_follow_the_losses_of_a_worker_that_holds_them_all(tmp_p
             assert first["losses"][name] == pytest.approx(losses, abs=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2-moe", "deepseek-v3"])
-def test_sharded_base_whose_layers_are_not_alike_is_refused_in_words(family, tmp_path):
-    # Dense layers beside sparse ones: a layer cannot be built alone from its config yet.
-    tiny_of(family).save_pretrained(tmp_path / family)
-    base = BaseSpec(model=str(tmp_path / family), quantization="none", dtype="fp32", sharded=True)
-    with pytest.raises(ProcessRaisedException, match="this model cannot be sharded"):
-        on_two_workers(tmp_path, experts_trained, base)
+def test_layer_loader_refuses_a_layer_that_no_config_of_one_layer_makes(tmp_path):
+    torch.manual_seed(0)
+    config = Ernie4_5_MoeConfig(
+        **TINY_LLAMA, moe_num_experts=4, moe_k=2, moe_intermediate_size=64, moe_layer_start_index=1
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    loader = LayerLoader(WeightFiles(str(tmp_path), None), meta_model(config), {})
+    with pytest.raises(
+        ValueError, match=r"layers.1 must be built like the others .* cannot be sharded"
+    ):
+        loader.layer(1)
