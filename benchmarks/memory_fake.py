@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from benchmarks.memory_step import StepCase, StepTracker
 from search_spaces.architecture import ModelShape
-from trainers.adapters import AdapterSpec, Pack
+from trainers.adapters import Pack
 from trainers.base_model import DTYPES
 from trainers.batches import Batch, LossBlocks
 from trainers.gradient_checkpointing import recompute_layers
 from trainers.head import LossHead
 from trainers.optimizer import adamw_step, clip_gradients, grad_norm
+from trainers.slots import AdapterSpec
 
 CPU = torch.device("cpu")
 

@@ -19,13 +19,14 @@ from cluster.holding import BaseHolding, Forward
 from cluster.memory import StepBytes, step_bytes
 from search_spaces.architecture import ModelShape
 from search_spaces.variants import DORA, PLAIN, parts_of, stored_rank
-from trainers.adapters import AdapterSpec, Pack
+from trainers.adapters import Pack
 from trainers.base_model import DTYPES, load_base
 from trainers.base_spec import BaseSpec
 from trainers.batches import RowSource
 from trainers.composer import ForwardLimits
 from trainers.gradient_checkpointing import recompute_layers
 from trainers.loop import RunSpec, Trainer, new_run
+from trainers.slots import AdapterSpec
 
 
 @dataclass(frozen=True, kw_only=True)

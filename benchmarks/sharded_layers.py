@@ -27,7 +27,7 @@ from benchmarks.common import SHARED, machine, say, stamp, versions
 from cluster.holding import BaseHolding, Forward
 from cluster.memory import load_peak_bytes, step_bytes
 from search_spaces.architecture import ModelShape
-from trainers.adapters import AdapterSpec, Pack
+from trainers.adapters import Pack
 from trainers.base_model import load_base, meta_model
 from trainers.base_spec import BaseSpec
 from trainers.batches import RowSource
@@ -36,6 +36,7 @@ from trainers.composer import ForwardLimits
 from trainers.loop import RunSpec, Trainer, new_run
 from trainers.measure import random_rows
 from trainers.paths import read_json, write_json
+from trainers.slots import AdapterSpec
 
 TARGET = ("attn", "mlp", "unembed")
 SAMPLE_S = 0.005

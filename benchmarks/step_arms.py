@@ -13,13 +13,14 @@ import torch.nn.functional as F
 
 from benchmarks.common import BASE_MODEL
 from search_spaces.architecture import ModelShape
-from trainers.adapters import AdapterSpec, Pack
+from trainers.adapters import Pack
 from trainers.base_model import BaseSpec, load_base
 from trainers.batches import RowSource, example_order
 from trainers.composer import ForwardLimits
 from trainers.data.token_set import TokenizedSet
 from trainers.full import unfreeze
 from trainers.loop import Run, RunSpec, Trainer, new_run
+from trainers.slots import AdapterSpec
 
 CONFIG = {"vocab_size": 3072, "max_position_embeddings": 1024, "tie_word_embeddings": True}
 NUM_LAYERS = {128: 4, 256: 4, 512: 2, 1024: 2}

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from search_spaces.variants import DORA, RSLORA
-from trainers.adapters import AdaptedLayer, AdapterSpec, Pack
+from trainers.adapters import AdaptedLayer, Pack
 from trainers.experts import from_peft, peft_shape, to_peft
 from trainers.gate import (
     ADAPTER_FILE,
@@ -23,6 +23,7 @@ from trainers.gate import (
 )
 from trainers.loop import Run
 from trainers.paths import existing_folder, read_json, replace_folder, temporary_folder, write_json
+from trainers.slots import AdapterSpec
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")

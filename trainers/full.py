@@ -3,8 +3,9 @@
 import torch
 from transformers import PreTrainedModel
 
-from trainers.adapters import Pack, Slot
+from trainers.adapters import Pack
 from trainers.base_model import nf4_layer_names
+from trainers.slots import Slot
 
 
 def unfreeze(model: PreTrainedModel) -> Pack:

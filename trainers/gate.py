@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from search_spaces.variants import DORA, RSLORA
-from trainers.adapters import MAGNITUDE, AdapterSpec, Pack, Slot
+from trainers.adapters import Pack
 from trainers.experts import PARAMETERS, is_experts, parameter_suffix, to_peft
 from trainers.loop import Run, Trainer
+from trainers.slots import MAGNITUDE, AdapterSpec, Slot
 from trainers.store import LayerSize
 from trainers.targets import PEFT_PREFIX, matching_layers, peft_prefixes
 

@@ -15,13 +15,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from trainers.adapters import Pack, Slot
+from trainers.adapters import Pack
 from trainers.batches import Batch, RowSource, Share
 from trainers.comm import Comm
 from trainers.composer import ForwardLimits, next_forward
 from trainers.dropout import DropoutTokens, row_keys, row_tokens
 from trainers.head import LossHead
 from trainers.optimizer import adamw_step, clip_gradients, grad_norm
+from trainers.slots import Slot
 
 
 @dataclass(frozen=True, kw_only=True)

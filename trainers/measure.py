@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from search_spaces.architecture import ModelShape
-from trainers.adapters import AdapterSpec, Pack
+from trainers.adapters import Pack
 from trainers.batches import RowSource
 from trainers.data.token_set import TokenizedSet
 from trainers.head import LossHead
+from trainers.slots import AdapterSpec
 
 SIZES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192, 16384, 32768, 65536)}
 GOOD_ENOUGH = 1.05

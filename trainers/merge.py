@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from search_spaces.variants import DORA
-from trainers.adapters import AdaptedLayer, AdapterSpec, Pack
+from trainers.adapters import AdaptedLayer, Pack
 from trainers.base_fetch import base_folder
 from trainers.base_model import load_base, nf4_layer_names
 from trainers.base_spec import BaseSpec
@@ -30,6 +30,7 @@ from trainers.gate import (
     check_shapes,
     tensors_meaning,
 )
+from trainers.slots import AdapterSpec
 
 SHARD_SIZE = "5GB"
 PROBE_ROWS, PROBE_TOKENS = 2, 32

@@ -3,7 +3,7 @@
 import torch
 from torch.optim.adamw import adamw
 
-from trainers.adapters import Slot
+from trainers.slots import Slot
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 

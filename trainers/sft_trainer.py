@@ -14,7 +14,7 @@ from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate
 from search_spaces.capacity import validate_capacity
 from search_spaces.variants import DORA, PLAIN, parts_of, stored_rank
-from trainers.adapters import AdapterSpec, Pack
+from trainers.adapters import Pack
 from trainers.base_model import device_name, load_base
 from trainers.batches import RowSource
 from trainers.checkpoint import (
@@ -42,6 +42,7 @@ from trainers.paths import (
     read_json_lines,
 )
 from trainers.recorder import Recorder
+from trainers.slots import AdapterSpec
 from trainers.speed import measured_once, read_speed
 from trainers.targets import matching_layers
 from trainers.trial_spec import Report, TrialSpec, run_spec

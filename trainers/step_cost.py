@@ -27,7 +27,7 @@ from torch.utils.flop_counter import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from trainers.adapters import AdapterSpec, Pack
+from trainers.adapters import Pack
 from trainers.base_model import device_name, load_base, pick_device
 from trainers.base_spec import BaseSpec, Quantization
 from trainers.batches import Batch, RowSource
@@ -40,6 +40,7 @@ from trainers.loop import RunSpec, Trainer, new_run
 from trainers.measure import now, random_rows
 from trainers.meta_shape import shape_of_config
 from trainers.paths import read_json, replace_folder, temporary_folder, write_json
+from trainers.slots import AdapterSpec
 
 ENDLESS = 10**9
 SHIPPED_BASE = Path(__file__).parent / "assets" / "tiny-llama"

@@ -16,13 +16,14 @@ from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate, trial_name
 from tests.orchestration.sweeps import BASE
 from tests.trainers.trials import CANDIDATE
-from trainers.adapters import AdapterSpec, inject
+from trainers.adapters import inject
 from trainers.base_model import load_base
 from trainers.base_spec import BaseSpec
 from trainers.checkpoint import save_weights
 from trainers.data import DataSpec
 from trainers.loop import RunSpec, new_run
 from trainers.paths import RunPaths, write_json, write_json_lines
+from trainers.slots import AdapterSpec
 
 IDS = torch.arange(3, 67).view(2, 32)
 RUN = RunSpec(learning_rate=1e-3, global_batch_size=1, num_examples=1, eval_every=1)

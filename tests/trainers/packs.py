@@ -6,11 +6,12 @@ import torch
 
 from search_spaces.architecture import ModelShape
 from tests.trainers.tiny import Rows, random_rows
-from trainers.adapters import AdapterSpec, Pack
+from trainers.adapters import Pack
 from trainers.batches import RowSource
 from trainers.comm import Comm
 from trainers.composer import ForwardLimits
 from trainers.loop import Run, RunSpec, Trainer, new_run
+from trainers.slots import AdapterSpec
 
 CPU = torch.device("cpu")
 ALL_TOKENS = 1 << 20

@@ -9,9 +9,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalL
 
 from search_spaces.architecture import LinearShape, ModelShape
 from tests.trainers.tiny import tiny_model
-from trainers.adapters import AdapterSpec, inject
+from trainers.adapters import inject
 from trainers.checkpoint import save_weights
 from trainers.loop import RunSpec, new_run
+from trainers.slots import AdapterSpec
 
 IDS = torch.tensor([[5, 17, 200, 33, 9, 81, 3, 44]])
 RUN_SPEC = RunSpec(learning_rate=1e-3, global_batch_size=1, num_examples=1, eval_every=1)

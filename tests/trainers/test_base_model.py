@@ -8,8 +8,9 @@ import torch
 from search_spaces.architecture import ModelShape
 from tests.trainers.tiny import tiny_model
 from tests.trainers.trials import BASE
-from trainers.adapters import AdapterSpec, inject
+from trainers.adapters import inject
 from trainers.base_model import BaseSpec, dequantize, load_base, nf4_layer_names
+from trainers.slots import AdapterSpec
 
 IDS = torch.randint(3, 3072, (3, 17), generator=torch.Generator().manual_seed(0))
 

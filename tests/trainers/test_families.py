@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.trainers.families import CONFIGS, MOE_FAMILIES, tiny_of
 from tests.trainers.tiny import random_rows
-from trainers.adapters import AdapterSpec, Pack, inject
+from trainers.adapters import Pack, inject
 from trainers.base_model import load_base, nf4_layer_names
 from trainers.base_spec import BaseSpec
 from trainers.batches import RowSource
@@ -28,6 +28,7 @@ from trainers.gate import require_expressible
 from trainers.head import check_head
 from trainers.loop import Run, RunSpec, Trainer, new_run
 from trainers.meta_shape import shape_of_config
+from trainers.slots import AdapterSpec
 
 # PEFT warns of each Linear head beside Conv1D layers, and that experts have a rank of their own.
 pytestmark = pytest.mark.filterwarnings(

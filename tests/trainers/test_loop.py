@@ -13,11 +13,12 @@ from peft import LoraConfig, get_peft_model
 
 from search_spaces.architecture import ModelShape
 from tests.trainers.tiny import Rows, random_rows, tiny_model
-from trainers.adapters import AdapterSpec, inject
+from trainers.adapters import inject
 from trainers.batches import RowSource, example_order
 from trainers.composer import ForwardLimits
 from trainers.full import unfreeze
 from trainers.loop import Run, RunSpec, Trainer, new_run, scheduled_lr
+from trainers.slots import AdapterSpec
 
 CPU = torch.device("cpu")
 LIMITS = ForwardLimits(max_tokens=1 << 20)

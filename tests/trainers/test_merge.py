@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.trainers.families import CONFIGS, tiny_of
 from tests.trainers.test_families import IDS, QUANTIZABLE, RUN, expressible, randomise, spec_of
-from trainers.adapters import AdapterSpec, inject
+from trainers.adapters import inject
 from trainers.base_model import load_base
 from trainers.base_spec import BaseSpec
 from trainers.checkpoint import ADAPTER_FILE, save_weights
 from trainers.gate import GateError
 from trainers.loop import new_run
 from trainers.merge import merge_adapter
+from trainers.slots import AdapterSpec
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set to True:UserWarning",

@@ -12,8 +12,9 @@ from transformers import (
 
 from search_spaces.architecture import ModelShape
 from tests.trainers.families import tiny_of
-from trainers.adapters import AdapterSpec, inject
+from trainers.adapters import inject
 from trainers.meta_shape import shape_of_config
+from trainers.slots import AdapterSpec
 
 
 def test_shape_of_config_unknown_architecture_is_read_from_the_built_model():

@@ -5,9 +5,10 @@ import torch
 
 from tests.trainers.packs import adapter
 from tests.trainers.tiny import tiny_model
-from trainers.adapters import Slot, inject
+from trainers.adapters import inject
 from trainers.full import unfreeze
 from trainers.optimizer import adamw_step, clip_gradients, grad_norm
+from trainers.slots import Slot
 
 
 def adapter_slot() -> Slot:

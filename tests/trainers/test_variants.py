@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from search_spaces import doctrine
 from tests.trainers.families import MOE_FAMILIES, tiny_of
 from tests.trainers.test_families import IDS, RUN, expressible, spec_of, trainer_of
-from trainers.adapters import AdaptedLayer, AdapterSpec, Pack, inject
+from trainers.adapters import AdaptedLayer, Pack, inject
 from trainers.base_model import load_base
 from trainers.base_spec import BaseSpec
 from trainers.checkpoint import load_checkpoint, save_checkpoint, save_weights
@@ -20,6 +20,7 @@ from trainers.gradient_checkpointing import recompute_layers
 from trainers.loop import Run, Trainer, new_run
 from trainers.merge import merge_adapter
 from trainers.pissa import principal
+from trainers.slots import AdapterSpec
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set to True:UserWarning",
