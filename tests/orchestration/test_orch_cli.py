@@ -17,7 +17,10 @@ from orchestration.progress import Progress
 from orchestration.results import TrialRecord
 from orchestration.results_table import show_results
 from tests.orchestration.sweeps import candidate_dict
+from tests.search_spaces.test_arch_counts import DOCTRINE_ALL_LINEAR, DOCTRINE_MOE
 from trainers.paths import RunPaths
+
+MODELS = Path(__file__).resolve().parents[3] / "shared" / "models"
 
 
 def printed(show) -> str:
@@ -185,3 +188,47 @@ def test_plan_whose_reader_has_seen_enough_ends_without_a_word(write_sweep):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "per_rank"), [*DOCTRINE_ALL_LINEAR.items(), *DOCTRINE_MOE.items()]
+)
+def test_plan_of_a_published_model_prints_the_doctrines_count(write_sweep, capsys, model, per_rank):
+    config = MODELS / f"{model}.json"
+    if not config.is_file():
+        pytest.skip(f"needs ../shared/models/{model}.json")
+    path = write_sweep(
+        model=str(config),
+        data=None,
+        dataset_tokens=1000,
+        lora_rank=64,
+        target=["attn", "experts" if model in DOCTRINE_MOE else "mlp"],
+        learning_rate=1e-4,
+        global_batch_size=16,
+    )
+    assert main(["plan", str(path), "--json"]) == 0
+    (candidate,) = json.loads(capsys.readouterr().out)["candidates"]
+    assert candidate["adapter_params"] == 64 * per_rank
+    assert main(["plan", str(path)]) == 0
+    assert f"{64 * per_rank:,}" in capsys.readouterr().out
+
+
+def test_plan_says_that_it_read_the_layers_from_the_model(write_sweep, tmp_path, capsys):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256}
+    sizes |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+    moe = {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2}
+    (tmp_path / "olmoe.json").write_text(json.dumps(sizes | moe))
+    values = {"data": None, "dataset_tokens": 1000, "lora_rank": 4, "num_candidates": 1}
+    path = write_sweep(model=str(tmp_path / "olmoe.json"), **values)
+    assert main(["plan", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "model type olmoe has no reader here: its layers were read from the model" in out
+    assert "adapts attn+experts+unembed: 8 attn + 1 unembed + 16 experts matrices" in out
+    known = write_sweep(**values)
+    assert main(["plan", str(known)]) == 0
+    assert "has no reader" not in capsys.readouterr().out

@@ -237,6 +237,19 @@ def test_family_whose_dense_layers_peft_takes_for_experts_is_refused_before_it_t
     )
 
 
+def test_family_rank_of_fused_experts_is_what_the_shape_says_and_not_doubled(tmp_path):
+    # Field case B04: at 8 per expert PEFT's automatic conversion has 26,624 parameters a layer, ours 16,384.
+    model = tiny_of("mixtral")
+    pack = inject(model, [spec_of(model, 16, ["experts"])])
+    save_weights(pack, new_run(pack, 0, RUN), tmp_path, base_name="org/base", revision=None)
+    loaded = PeftModel.from_pretrained(tiny_of("mixtral"), str(tmp_path), is_trainable=True)
+    trained = [
+        p for name, p in loaded.named_parameters() if ".layers.0." in name and p.requires_grad
+    ]
+    assert sum(p.numel() for p in trained) == 16_384
+    assert shape_of_config(model.config).lora_params(16, "experts") == 2 * 16_384
+
+
 def test_family_multimodal_adapts_the_language_part_alone():
     model = tiny_of("gemma3")
     pack = inject(model, [spec_of(model)])
