@@ -141,15 +141,15 @@ def grid_candidates(space: SearchSpace) -> Iterator[Candidate]:
         space.learning_rate.values(),
         key=lambda rate: (round(abs(math.log(rate / space.prior.lora)), 9), rate),
     )
-    axes: list[tuple[Any, ...]] = [getattr(space, name).values() for name in _GRID_FIELDS]
+    axes: list[tuple[Any, ...]] = [getattr(space, name).values() for name in GRID_FIELDS]
     for rate in rates:
         for values in itertools.product(*axes):
             yield make_candidate(
-                space, learning_rate=rate, **dict(zip(_GRID_FIELDS, values, strict=True))
+                space, learning_rate=rate, **dict(zip(GRID_FIELDS, values, strict=True))
             )
 
 
-_GRID_FIELDS = (
+GRID_FIELDS = (
     "target",
     "lora_rank",
     "global_batch_size",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from search_spaces.domains import Choice, LogUniform
-from search_spaces.variants import MEANINGS, PLAIN, RankMultiple, canonical, parse_alpha
+from search_spaces.variants import WRITTEN, RankMultiple, canonical, parse_alpha
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -32,11 +32,7 @@ KEYS: Mapping[str, _Key] = {
     "lr_schedule": _Key(
         must=f"one of {', '.join(SCHEDULES)}", holds=lambda v: v in SCHEDULES, word=True
     ),
-    "variant": _Key(
-        must=f"{PLAIN}, or one or more of {', '.join(MEANINGS)} joined by '+'",
-        holds=lambda v: bool(canonical(v)),
-        word=True,
-    ),
+    "variant": _Key(must=WRITTEN, holds=lambda v: bool(canonical(v)), word=True),
     "warmup": _Key(must="a finite number >= 0", holds=lambda v: v >= 0),
     "weight_decay": _Key(must="a finite number >= 0", holds=lambda v: v >= 0),
     "max_grad_norm": _Key(must="a finite number >= 0 (0: no clipping)", holds=lambda v: v >= 0),

@@ -16,9 +16,10 @@ MEANINGS: Mapping[str, str] = {
     PISSA: "A and B start at the weight's largest singular vectors (arXiv 2404.02948)",
 }
 """The variants, in the order in which a combination is written: 'rslora+dora'."""
+WRITTEN = f"{PLAIN}, or one or more of {', '.join(MEANINGS)} joined by '+'"
+"""What a variant must be, for a message."""
 ON_EXPERTS = frozenset({RSLORA, LORA_PLUS})
 """Variants that fused experts can have: PEFT's ParamWrapper has no magnitudes, and no start of its own."""
-
 WHOLE_WEIGHTS = frozenset({DORA, PISSA})
 """Variants that read the frozen weights as a matrix: they need a whole base on every worker."""
 
@@ -33,9 +34,7 @@ def canonical(text: str) -> str:
     if names == [PLAIN]:
         return PLAIN
     if len(set(names)) < len(names) or not set(names) <= MEANINGS.keys():
-        raise ValueError(
-            f"variant must be {PLAIN}, or one or more of {', '.join(MEANINGS)} joined by '+', got {text!r}"
-        )
+        raise ValueError(f"variant must be {WRITTEN}, got {text!r}")
     return "+".join(name for name in MEANINGS if name in names)
 
 

@@ -348,6 +348,7 @@ def inject(model: PreTrainedModel, specs: Sequence[AdapterSpec]) -> Pack:
     """
     names = {name for spec in specs for name in matching_layers(model, spec.linears)}
     pack = Pack(model)
-    pack.reserve(len(specs), max(spec.held_rank for spec in specs), names)
+    magnitudes = any(spec.has(DORA) for spec in specs)
+    pack.reserve(len(specs), max(spec.held_rank for spec in specs), names, magnitudes=magnitudes)
     pack.activate([pack.enter(spec) for spec in specs])
     return pack

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from search_spaces.variants import DORA, RSLORA
 from trainers.adapters import AdaptedLayer, Pack
@@ -24,6 +26,7 @@ from trainers.gate import (
 from trainers.loop import Run
 from trainers.paths import existing_folder, read_json, replace_folder, temporary_folder, write_json
 from trainers.slots import AdapterSpec
+from trainers.targets import matching_layers
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -79,7 +82,7 @@ def save_weights(
             pack.model.generation_config.save_pretrained(folder)
     else:
         save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
-        lora_config(pack, run.slot.spec, base_name, revision).save_pretrained(str(folder))
+        lora_config(pack.model, run.slot.spec, base_name, revision).save_pretrained(str(folder))
     check_saved(folder, pack, run)
 
 
@@ -146,12 +149,13 @@ def checkpoint_examples(folder: Path) -> int:
     return read_json(found / STATE_FILE)["examples"]
 
 
-def lora_config(pack: Pack, spec: AdapterSpec, base_name: str, revision: str | None) -> LoraConfig:
-    """The PEFT config that rebuilds this adapter on the same base."""
-    slot = next(index for index, one in pack.slots.items() if one.spec is spec)
-    layers = {name: layer for name, layer in pack.layers.items() if slot in layer.hit}
-    dense = {n: layer for n, layer in layers.items() if isinstance(layer, AdaptedLayer)}
-    patterns = rank_pattern({name: layer.size for name, layer in layers.items()}, spec)
+def lora_config(
+    model: nn.Module, spec: AdapterSpec, base_name: str, revision: str | None
+) -> LoraConfig:
+    """The PEFT config that rebuilds an adapter on the same base."""
+    sizes = matching_layers(model, spec.linears)
+    dense = {name for name, size in sizes.items() if not size.num_experts}
+    patterns = rank_pattern(sizes, spec)
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
@@ -162,19 +166,23 @@ def lora_config(pack: Pack, spec: AdapterSpec, base_name: str, revision: str | N
         lora_alpha=spec.held_alpha,  # pyright: ignore[reportArgumentType]  # PEFT takes any number
         lora_dropout=spec.dropout,
         # An empty list, not None, for which PEFT has a choice of its own.
-        target_modules=sorted(_target_names(pack, spec, dense)) if dense else [],
+        target_modules=sorted(_target_names(model, spec, dense)) if dense else [],
         target_parameters=sorted(patterns, reverse=True) or None,
         rank_pattern=patterns,
-        fan_in_fan_out=any(type(layer.base).__name__ == "Conv1D" for layer in dense.values()),
+        fan_in_fan_out=any(_is_conv1d(model.get_submodule(name)) for name in dense),
         inference_mode=True,
     )
 
 
-def _target_names(pack: Pack, spec: AdapterSpec, layers: dict[str, AdaptedLayer]) -> set[str]:
+def _is_conv1d(layer: nn.Module) -> bool:
+    return isinstance(layer.base if isinstance(layer, AdaptedLayer) else layer, Conv1D)
+
+
+def _target_names(model: nn.Module, spec: AdapterSpec, layers: set[str]) -> set[str]:
     """Suffixes where they mean exactly our layers, else full names (a suffix such as q_proj would
     reach into the vision tower of a multimodal model)."""
     suffixes = {linear.name for linear in spec.linears if linear.component != "experts"}
-    return suffixes if modules_ending_in(pack.model, suffixes) == set(layers) else set(layers)
+    return suffixes if modules_ending_in(model, suffixes) == layers else layers
 
 
 def _moments(run: Run) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate
 from search_spaces.capacity import validate_capacity
-from search_spaces.variants import DORA, PLAIN, parts_of, stored_rank
+from search_spaces.variants import DORA, parts_of, stored_rank
 from trainers.adapters import Pack
 from trainers.base_model import device_name, load_base
 from trainers.batches import RowSource
@@ -206,17 +206,11 @@ class Station:
         if DORA in parts_of(candidate.variant):
             live += sum(size.num_out for size in sizes.values())
         self._require_planned(candidate, live)
-        slot = self.pack.enter(adapter_of(replace(candidate, variant=PLAIN), self.shape))
-        try:
-            self._require_expressible(slot)
-        finally:
-            self.pack.leave(slot)
+        self._require_expressible(adapter_of(candidate, self.shape))
         return {"adapter": {"layers": len(sizes), "lora_rank": candidate.lora_rank, "params": live}}
 
-    def _require_expressible(self, slot: int) -> None:
-        spec = self.pack.slots[slot].spec
-        assert spec is not None
-        require_expressible(self.model, spec, lora_config(self.pack, spec, "", None))
+    def _require_expressible(self, adapter: AdapterSpec) -> None:
+        require_expressible(self.model, adapter, lora_config(self.model, adapter, "", None))
 
     def _require_planned(self, candidate: Candidate, num_params: int) -> None:
         planned = self.shape.held_params(candidate.lora_rank, candidate.target, candidate.variant)
@@ -255,7 +249,7 @@ class Station:
             if not self.full_finetune:
                 views = run.slot.parameters.values()
                 self._require_planned(spec.candidate, sum(view.numel() for view in views))
-                self._require_expressible(slot)
+                self._require_expressible(adapter_of(spec.candidate, self.shape))
             _fetch(paths)
             if load_checkpoint(run, paths.checkpoint):
                 recorded = recorded_probe_loss(paths.checkpoint)

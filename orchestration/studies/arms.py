@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from orchestration.config import values_of
 from search_spaces import doctrine
-from search_spaces.candidate import Candidate
+from search_spaces.candidate import GRID_FIELDS, Candidate
 from search_spaces.domains import LogUniform
 from search_spaces.studies.points import rounded_rate
 from search_spaces.variants import PLAIN, alpha_at, lr_factor
@@ -77,15 +77,7 @@ def make_arms(kind: str, config: "StudyConfig", plan: "Plan") -> tuple[Arm, ...]
 
 
 def _require_single(space: "SearchSpace", axes: dict[str, bool]) -> None:
-    others = (
-        "lr_schedule",
-        "warmup",
-        "weight_decay",
-        "max_grad_norm",
-        "dropout",
-        "seed",
-        "variant",
-    )
+    others = [key for key in GRID_FIELDS if key not in axes]
     for key in (*[key for key, varies in axes.items() if not varies], *others):
         values = getattr(space, key).values()
         if len(values) > 1:

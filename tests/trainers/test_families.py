@@ -229,11 +229,11 @@ def test_family_whose_dense_layers_peft_takes_for_experts_is_refused_before_it_t
     with pytest.raises(
         ValueError, match=r"PEFT cannot be told to adapt .*mlp\.gate_proj.* of Deepseek"
     ):
-        require_expressible(pack.model, spec, lora_config(pack, spec, "", None))
+        require_expressible(pack.model, spec, lora_config(pack.model, spec, "", None))
     rest = inject(tiny_of("deepseek-v3"), [spec_of(pack.model, target=expressible("deepseek-v3"))])
     assert rest.slots[0].spec is not None
     require_expressible(
-        rest.model, rest.slots[0].spec, lora_config(rest, rest.slots[0].spec, "", None)
+        rest.model, rest.slots[0].spec, lora_config(rest.model, rest.slots[0].spec, "", None)
     )
 
 
