@@ -22,7 +22,7 @@ from search_spaces.domains import SearchSpace, TargetDomain
 from search_spaces.priors import LearningRatePrior
 from search_spaces.space import DatasetFacts, build_space
 from search_spaces.variants import PLAIN, alpha_at
-from trainers.paths import RunPaths, read_json
+from trainers.paths import RunPaths, read_json, read_state
 
 
 def prior_from(
@@ -64,7 +64,7 @@ def read_optimum(folder: str, method: str, wanted: SearchSpace) -> SmallOptimum:
 def _model_facts(run: RunPaths, folder: str) -> tuple[int, str]:
     """(hidden size, method) of a sweep, or of a study, which trains by sft alone."""
     if run.plan.is_file():
-        plan = read_json(run.plan)
+        plan = read_state(run.plan)
         return plan["model"]["hidden_size"], plan["method"]
     if run.results.is_file():
         return read_json(run.results)["model"]["hidden_size"], "sft"

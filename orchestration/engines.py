@@ -8,17 +8,18 @@ from cluster.inventory import Inventory
 from orchestration import sweep
 from orchestration.config import SweepConfig
 from orchestration.ledger import Ledger
+from orchestration.mending import mend
 from orchestration.packs import measured_tokens, measurement, plan_packs, trial_demand
 from orchestration.planning import Plan
 from orchestration.progress import Progress
-from orchestration.results import mark_ended
+from orchestration.results import mark_ended, notes_of
 from orchestration.rungs import RungLedger
 from orchestration.schedulers import make_scheduler
 from orchestration.tracking import make_trackers
 from orchestration.trials import TrialMaker, history, known_names, settle, unended, untold
 from search_spaces.candidate import trial_name
 from trainers.mirror import fetch_all_records
-from trainers.paths import RunPaths, read_json, write_json
+from trainers.paths import RunPaths, read_state, write_state
 from trainers.run_lock import claim_folders
 
 NEVER_BEGAN = "the Ray actors that should have driven it died, time after time"
@@ -50,6 +51,7 @@ def train(
         claim_folders(
             run, lambda: progress.note("waiting for the workers of an earlier driver to end")
         )
+        mend(run, {trial_name(c) for c in plan.pruned.admitted}, progress.say)
         maker = TrialMaker(plan, demand, packs, run, keep_weights=keep_weights)
         engine(inventory, progress, (make_work or Work)(plan, maker, run))
 
@@ -72,7 +74,7 @@ def _packed(inventory: Inventory, progress: Progress, work: "Work") -> None:
         if not measured:  # else Tune's own processes start beside the workers'
             packs = plan_packs(plan, inventory, pool.first_group()["max_tokens"], packs.way)
         facts = vars(packs)
-        write_json(run.packs, facts)
+        write_state(run.packs, facts)
         progress.note(f"{packs.num_groups} group(s) x {packs.places} adapters: {packs.reason}")
         pool.open(packs.places, [(t, work.seen.get(t["name"], 0)) for t in work.trials])
         work.run_all(
@@ -89,7 +91,7 @@ def _packed(inventory: Inventory, progress: Progress, work: "Work") -> None:
                 check=pool.require_group,
             ),
         )
-        write_json(run.packs, facts | {"groups": pool.groups()})
+        write_state(run.packs, facts | {"groups": pool.groups()})
 
 
 def _solo(inventory: Inventory, progress: Progress, work: "Work") -> None:
@@ -113,6 +115,7 @@ class Work:
         self.plan, self.maker, self.run = plan, maker, run
         self.config: SweepConfig = plan.config
         self.look()
+        self.num_notes = {t["name"]: len(notes_of(run.trial(t["name"]))) for t in self.trials}
 
     def look(self) -> None:
         """Reads from disk what has ended and what has not."""
@@ -124,7 +127,7 @@ class Work:
                 self.maker.write(candidate)
         names = list(planned) if planned else known_names(self.run)
         left = unended(self.run, names)
-        self.trials = [read_json(self.run.trial(name).config) for name in left]
+        self.trials = [read_state(self.run.trial(name).config) for name in left]
 
     def run_all(
         self,
@@ -137,12 +140,12 @@ class Work:
 
         Args:
             common: what the engine adds to every trial's config.
-            make_ledger: is given the trackers.
+            make_ledger: is given the trackers, and how many notes of each trial were said before.
         """
         trackers = make_trackers(list(self.config.tracking), self.plan.name, self.run)
         never_began: list[str] = []
         for _ in range(1 + sweep.ACTOR_FAILURES):
-            ledger = make_ledger(trackers=trackers)
+            ledger = make_ledger(trackers=trackers, num_notes=self.num_notes)
             searcher, scheduler = self.searcher(common), self.scheduler()
             sweep.run_trials(
                 trainable,

@@ -1,6 +1,7 @@
 """`tenfold export`: a trial's adapter as something to give away: a PEFT folder, or merged weights."""
 
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,8 +21,16 @@ from orchestration.serving import (
 )
 from trainers.data import DataSpec
 from trainers.data.tokenizer import tokenizer_folder
+from trainers.integrity import check_folder, seal_folder
 from trainers.mirror import fetch_folder, mirror_of, shown
-from trainers.paths import RunPaths, read_json, replace_folder, temporary_folder, write_json
+from trainers.paths import (
+    RunPaths,
+    read_json,
+    read_state,
+    replace_folder,
+    temporary_folder,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from trainers.merge import Merged
@@ -51,12 +60,11 @@ def export(
         raise ValueError(f"--for must be one of {', '.join(SERVERS)}, got {server!r}")
     run = run_at(place)
     record = _chosen(run, place, trial)
-    config = read_json(run.trial(record.name).config)
+    config = read_state(run.trial(record.name).config)
     weights = _weights(run, record, config)
     target = output or _default_output(run, "merged" if merge else "adapter")
-    if target.exists():
-        raise ValueError(f"{target}: must be new, it exists; give another folder (-o)")
-    adapter = portable_config(weights, read_json(run.resolved)["config"])
+    _require_new(target)
+    adapter = portable_config(weights, read_state(run.resolved)["config"])
     spoken = [] if merge or server is None else _checked_for_vllm(adapter, config)
     missing = [folder for folder in target.parents if not folder.exists()]
     temporary = temporary_folder(target)
@@ -67,6 +75,7 @@ def export(
             shutil.copy2(weights / ADAPTER_FILE, temporary / ADAPTER_FILE)
             write_json(temporary / ADAPTER_CONFIG, adapter)
         _add_tokenizer(config, temporary)
+        seal_folder(temporary)
         replace_folder(temporary, target)
     except BaseException:
         shutil.rmtree(temporary)
@@ -75,6 +84,16 @@ def export(
         raise
     what = "merged weights" if merge else "adapter"
     return [*spoken, f"{what} of {record.name}: {shown(target)}"]
+
+
+def _require_new(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise ValueError(f"{target}: must be new, it exists; give another folder (-o)")
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{target}: must be a new folder where you can write, {above} is none; give another (-o)"
+        )
 
 
 def _chosen(run: RunPaths, place: str, trial: str | None) -> TrialRecord:
@@ -104,6 +123,7 @@ def _weights(run: RunPaths, record: TrialRecord, config: Mapping[str, Any]) -> P
             f"{record.name}: must have weights in best/, it has none (a study keeps none; a trial that was "
             "stopped before its first evaluation neither)"
         )
+    check_folder(folder)
     return folder
 
 

@@ -1,13 +1,13 @@
 """The driver's eyes on a sweep: what Tune decides becomes status.json, progress and tracker rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
 from orchestration.progress import Progress
-from orchestration.results import fetch_records, mark_ended, read_trial
+from orchestration.results import fetch_records, mark_ended, notes_of, read_trial
 from orchestration.tracking import Tracker
 from trainers.mirror import send_rest
 from trainers.paths import RunPaths, copy_file
@@ -22,6 +22,7 @@ class Ledger(tune.Callback):
         on_put_off: is told of each trial that never began and will be run later.
         check: called before a trial is tried again or has failed; raises where the sweep as a whole
             cannot go on, so that its trials stay as they are.
+        num_notes: notes of each trial that an earlier driver said.
     """
 
     def __init__(
@@ -32,9 +33,11 @@ class Ledger(tune.Callback):
         on_end: Callable[[str], None] = lambda name: None,
         on_put_off: Callable[[str], None] = lambda name: None,
         check: Callable[[], None] = lambda: None,
+        num_notes: Mapping[str, int] | None = None,
     ) -> None:
         self.run, self.progress, self.trackers = run, progress, trackers
         self.on_end, self.on_put_off, self.check = on_end, on_put_off, check
+        self.num_notes = dict(num_notes or {})
         self.never_began: list[str] = []
         """Trials that Tune gave up because the actor that they were to reuse had died."""
 
@@ -51,6 +54,7 @@ class Ledger(tune.Callback):
         if "steps" not in result:
             return  # the one report of a trial that ended without a score; it is there for the scheduler
         self.progress.reported(trial_name(trial), result)
+        self._say_notes(trial_name(trial))
         if self.trackers:
             paths = self.run.trial(trial_name(trial))
             fetch_records(paths)
@@ -82,12 +86,19 @@ class Ledger(tune.Callback):
         mark_ended(paths, status, reason)
         if _has_error_file(trial):
             copy_file(Path(trial.error_file), paths.error)
+        self._say_notes(trial_name(trial))
         record = read_trial(paths)
         self.progress.ended(record.name, record.status, record.reason)
         for tracker in self.trackers:
             tracker.finish(record)
         if self.trackers:
             send_rest(self.run.root)
+
+    def _say_notes(self, name: str) -> None:
+        notes = notes_of(self.run.trial(name))
+        for note in notes[self.num_notes.get(name, 0) :]:
+            self.progress.say(f"{name}: {note}")
+        self.num_notes[name] = len(notes)
 
 
 def trial_name(trial: Any) -> str:

@@ -6,6 +6,10 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
+
+from orchestration.console import PlainConsole
+from trainers.terminal import printable
 
 
 class Progress:
@@ -19,7 +23,7 @@ class Progress:
         console: Console | None = None,
         num_trials: int | None = None,
     ) -> None:
-        self.console = console or Console()
+        self.console = console or PlainConsole()
         self.rows: dict[str, dict[str, Any]] = {name: {"status": "waiting"} for name in names}
         self.last_line = ""
         self.num_trials = num_trials or len(names)
@@ -45,6 +49,13 @@ class Progress:
         """Says something of the sweep as a whole."""
         self._show(text)
 
+    def say(self, text: str) -> None:
+        """Says what must not be overlooked; it stays above the table."""
+        if self.live:
+            self.live.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+        else:
+            self._show(text)
+
     def started(self, name: str) -> None:
         self.rows.setdefault(name, {})["status"] = "starting"
         self._show(f"{name}: starting")
@@ -64,6 +75,7 @@ class Progress:
         self._show(f"{name}: {status}{f' ({reason})' if reason else ''}")
 
     def _show(self, line: str) -> None:
+        line = printable(line)
         if self.live:
             self.last_line = line
             self.live.update(self.table(), refresh=True)
@@ -85,11 +97,12 @@ class Progress:
         table = Table(
             title=f"{done}/{self.num_trials} trials ended, {self.num_discarded} candidates discarded{best}, "
             f"{time.monotonic() - self.began:.0f} s",
-            caption=self.last_line,
+            caption=Text(self.last_line),  # of a str, rich would read its [words] as markup
         )
         for column in ("trial", "status", "examples", "eval_loss"):
             table.add_column(column, justify="left" if column in ("trial", "status") else "right")
         for name, row in self.rows.items():
             loss = f"{row['eval_loss']:.4f}" if "eval_loss" in row else ""
-            table.add_row(name, row["status"], str(row.get("examples", "")), loss)
+            cells = (name, row["status"], str(row.get("examples", "")), loss)
+            table.add_row(*map(Text, cells))
         return table

@@ -34,7 +34,7 @@ from orchestration.show import (
 )
 from orchestration.show_audit import data_text, short_cells
 from search_spaces.variants import PLAIN
-from trainers.paths import RunPaths, read_json, write_text
+from trainers.paths import RunPaths, read_state, write_text
 
 
 def write_report(run: RunPaths) -> None:
@@ -43,8 +43,8 @@ def write_report(run: RunPaths) -> None:
     Raises:
         FileNotFoundError: the folder is not that of a sweep.
     """
-    plan, resolved = read_json(run.plan), read_json(run.resolved)
-    packs = read_json(run.packs) if run.packs.is_file() else None
+    plan, resolved = read_state(run.plan), read_state(run.resolved)
+    packs = read_state(run.packs) if run.packs.is_file() else None
     write_text(run.report, render(run.root.name, plan, resolved, read_trials(run), packs))
 
 
@@ -61,6 +61,7 @@ def render(
         _header(name, plan, records, best),
         _charts(plan, records),
         section("Trials", _trials_table(records, best)),
+        _notes(records),
         section("Best candidate", _best_yaml(resolved, best)),
         section(f"Discarded before any trial ({len(plan['discarded'])})", _discarded_table(plan)),
         section("Pitfalls", _pitfalls(plan)),
@@ -238,6 +239,14 @@ def _trial_cells(record: TrialRecord, retained: bool, named: bool) -> list[str]:
         seconds,
         record.reason,
     ]
+
+
+def _notes(records: list[TrialRecord]) -> str:
+    """What was damaged and mended; no section where nothing was."""
+    lines = [f"{record.name}: {note}" for record in records for note in record.notes]
+    if not lines:
+        return ""
+    return section("Damaged files", "".join(f"<p>{html.escape(line)}.</p>" for line in lines))
 
 
 def _retention_note(records: list[TrialRecord]) -> str:

@@ -5,22 +5,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from search_spaces.candidate import Candidate
+from trainers.credentials import masked
+from trainers.integrity import sound_rows
 from trainers.metrics import best_row
 from trainers.mirror import fetch
-from trainers.paths import RunPaths, TrialPaths, read_json, read_json_lines, write_json
+from trainers.paths import RunPaths, TrialPaths, read_json_lines, read_state, write_state
 
 USABLE = ("finished", "stopped")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """One trial as it ended. best: its metrics row with the lowest eval_loss, None without one."""
+    """One trial as it ended. best: its metrics row with the lowest eval_loss, None without one; notes: what
+    went wrong with its files and was mended."""
 
     name: str
     candidate: dict[str, Any]
     status: str
     reason: str
     rows: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -40,20 +44,28 @@ class TrialRecord:
 def read_trial(paths: TrialPaths) -> TrialRecord:
     """A trial from its folder; without a status it has not ended."""
     status = (
-        read_json(paths.status) if paths.status.exists() else {"status": "unfinished", "reason": ""}
+        read_state(paths.status)
+        if paths.status.exists()
+        else {"status": "unfinished", "reason": ""}
     )
     return TrialRecord(
         name=paths.root.name,
-        candidate=read_json(paths.config)["candidate"],
+        candidate=read_state(paths.config)["candidate"],
         status=status["status"],
-        reason=status["reason"],
+        reason=masked(status["reason"]),
         rows=tuple(read_json_lines(paths.metrics)),
+        notes=notes_of(paths),
     )
+
+
+def notes_of(paths: TrialPaths) -> tuple[str, ...]:
+    """What a trial's workers said of damage; a line that is damaged itself is left out."""
+    return tuple(row["note"] for row in sound_rows(paths.notes)[0])
 
 
 def fetch_records(paths: TrialPaths) -> None:
     """Brings here what a trial's worker wrote of it into a run on an object store."""
-    for path in (paths.metrics, paths.status, paths.error):
+    for path in (paths.metrics, paths.status, paths.error, paths.notes):
         fetch(path)
 
 
@@ -82,7 +94,7 @@ def mark_ended(paths: TrialPaths, status: str, reason: str) -> None:
         return
     rows = read_json_lines(paths.metrics)
     last = rows[-1] if rows else {"examples": 0, "steps": 0}
-    write_json(
+    write_state(
         paths.status,
         {"status": status, "reason": reason, "examples": last["examples"], "steps": last["steps"]},
     )

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from cluster.inventory import Inventory, local_inventory, max_concurrent_trials
+from orchestration import signals
 from orchestration.config import Config, SweepConfig, make_config
+from orchestration.console import PlainConsole
 from orchestration.exit_codes import INTERRUPTED, NO_RESULT
 from orchestration.measured import measured_of
 from orchestration.memory_rule import trial_demand
@@ -31,7 +33,7 @@ from trainers.base_fetch import commit_of
 from trainers.base_spec import NOT_QUANTIZED
 from trainers.mirror import fetch_all_records, shown
 from trainers.object_store import StoreError
-from trainers.paths import RunPaths, read_json, remove_folder, write_json, write_text
+from trainers.paths import RunPaths, read_state, remove_folder, write_state, write_text
 
 if TYPE_CHECKING:
     from trainers.base_loss import BaseLoss
@@ -67,17 +69,22 @@ def run_sweep(config: SweepConfig, source: str, *, resume: bool = False) -> int:
     if resume and run.plan.is_file():
         _require_same_source(run, source)
         return resume_sweep(shown(run.root), config.address)
+    with signals.goes_on_by(lambda: _how_to_go_on(run)):
+        return _begin(config, source, run)
+
+
+def _begin(config: SweepConfig, source: str, run: RunPaths) -> int:
     require_new(run)
     share_cache(config.address, config.storage)
     plan = _checked_plan(with_commit(config))
-    console = Console(highlight=False)
+    console = PlainConsole()
     _say_plan(console, plan, plan_to_dict(plan, shown_packs(plan)))
 
     def write_inputs(fitted: Plan, as_json: dict[str, Any]) -> None:
         write_text(run.config, source)
         resolved = {"config": fitted.config.model_dump(mode="json"), "versions": versions()}
-        write_json(run.resolved, resolved)
-        write_json(run.plan, as_json)
+        write_state(run.resolved, resolved)
+        write_state(run.plan, as_json)
 
     return _train(plan, run, console, write_inputs)
 
@@ -96,24 +103,35 @@ def resume_sweep(place: str, address: str | None) -> int:
         ValueError: no run, one that is still being driven, or a plan that came out otherwise.
     """
     run = run_at(place)
+    with signals.goes_on_by(lambda: _how_to_go_on(run)):
+        return _go_on(run, place, address)
+
+
+def _how_to_go_on(run: RunPaths) -> str:
+    if run.plan.is_file():
+        return f"`tenfold resume {shown(run.root)}` goes on"
+    return "nothing was trained: the same command begins again"
+
+
+def _go_on(run: RunPaths, place: str, address: str | None) -> int:
     if not run.plan.is_file() or not run.resolved.is_file():
         raise ValueError(
             f"{place}: must be the folder of a sweep (plan.json, resolved.json), it is not"
         )
     with driving(run):
         pass  # told before the data is read again
-    values = read_json(run.resolved)["config"] | {"name": run.root.resolve().name}
+    values = read_state(run.resolved)["config"] | {"name": run.root.resolve().name}
     values |= {"storage": storage_of(run)} | ({"address": address} if address else {})
     config = make_config({k: v for k, v in values.items() if v is not None}, place)
     share_cache(config.address, config.storage)
-    was = read_json(run.plan)
+    was = read_state(run.plan)
     # Judged by the memory it was planned for: another machine must not change what the sweep is.
     planned_for = was.get("inventory")
     plan = _checked_plan(
         config, measured_of(was), Inventory(**planned_for) if planned_for else None
     )
     _require_same_plan(run, plan)
-    console = Console(highlight=False)
+    console = PlainConsole()
     console.print(f"resuming {place}", markup=False)
     return _train(plan, run, console, lambda fitted, as_json: None)
 
@@ -178,7 +196,7 @@ def _fitted(plan: Plan, inventory: Inventory, console: Console) -> Plan:
 
 def _require_same_plan(run: RunPaths, plan: Plan) -> None:
     """A resumed sweep trains what was planned, on data that did not change."""
-    was, now = read_json(run.plan), plan_to_dict(plan)
+    was, now = read_state(run.plan), plan_to_dict(plan)
     for key in (
         "candidates",
         "num_proposed",
@@ -353,11 +371,13 @@ def _conclude(run: RunPaths, plan: Plan, console: Console) -> int:
     from orchestration.sweep import finish
 
     assert plan.data_spec is not None
-    records, best = finish(run, tokenizer_files(plan.data_spec))
+    records, best = finish(run, tokenizer_files(plan.data_spec), console.print)
     write_report(run)
     show_results(records, best, run, len(plan.pruned.discarded), console)
     unended = sum(record.status == "unfinished" for record in records)
-    if unended:  # Tune answers Ctrl-C by ending its loop: what has no end was interrupted
+    if signals.received():
+        unended += max(0, plan.num_proposed - len(records))  # nobody has asked for those yet
+    if unended:  # Tune answers a signal by ending its loop: what has no end was interrupted
         console.print(
             f"interrupted: {unended} trials did not end; `tenfold resume {shown(run.root)}` goes on"
         )

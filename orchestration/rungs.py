@@ -4,13 +4,13 @@ Ray forgets the rungs of a scheduler when the driver dies; from this file they a
 Imports neither ray nor torch.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+from trainers.integrity import sealed_row, unsealed_row
 from trainers.paths import append_text, write_text
 
 Decision = Literal["CONTINUE", "STOP"]
@@ -44,21 +44,27 @@ class RungLedger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._is_whole = False
+        self.damaged: list[int] = []
+        """Numbers (from 1) of the lines that `records` left out, because they are not what was written."""
 
     def records(self) -> list[RungRecord]:
-        """What was decided so far; a last line that a kill cut short is left out.
+        """What was decided so far; a last line that a kill cut short is left out, and so are damaged lines.
 
         Raises:
-            ValueError: any other line that is no record, by file and line.
+            ValueError: a line that was written so and is no record, by file and line.
         """
-        lines = self._bytes().split(b"\n")[:-1]
-        return [_record(line, f"{self.path}:{number}") for number, line in enumerate(lines, 1)]
+        lines = self._bytes().decode("utf-8", errors="replace").split("\n")[:-1]
+        rows = {number: unsealed_row(line) for number, line in enumerate(lines, 1)}
+        self.damaged = [number for number, row in rows.items() if row is None]
+        return [
+            _record(row, f"{self.path}:{number}") for number, row in rows.items() if row is not None
+        ]
 
     def append(self, record: RungRecord) -> None:
         """Writes one record, so that the death of this process cannot lose it."""
         if not self._is_whole:
             self._drop_cut_line()
-        append_text(self.path, json.dumps(asdict(record), allow_nan=False) + "\n")
+        append_text(self.path, f"{sealed_row(asdict(record))}\n")
 
     def _bytes(self) -> bytes:
         return self.path.read_bytes() if self.path.exists() else b""
@@ -69,7 +75,7 @@ class RungLedger:
         found = self._bytes()
         whole = found[: found.rfind(b"\n") + 1]
         if whole != found:
-            write_text(self.path, whole.decode())
+            write_text(self.path, whole.decode("utf-8", errors="replace"))
         self._is_whole = True
 
 
@@ -82,22 +88,17 @@ def stopped_trials(records: Iterable[RungRecord]) -> set[str]:
 KEYS = {field.name for field in fields(RungRecord)}
 
 
-def _record(line: bytes, place: str) -> RungRecord:
-    try:
-        values = json.loads(line)
-    except ValueError:  # UnicodeDecodeError is one
-        values = None
+def _record(values: dict[str, Any], place: str) -> RungRecord:
     if not _is_record(values):
         raise ValueError(
             f"{place}: must hold trial, examples >= 0, a finite eval_loss and decision CONTINUE or "
-            f"STOP, got {line[:120].decode(errors='replace')!r}; restore the file, or start a new "
-            "run with another name"
+            f"STOP, got {str(values)[:120]}; restore the file, or start a new run with another name"
         )
-    return RungRecord(**cast(dict[str, Any], values))
+    return RungRecord(**values)
 
 
-def _is_record(values: object) -> bool:
-    if not isinstance(values, dict) or set(cast(dict[str, Any], values)) != KEYS:
+def _is_record(values: dict[str, Any]) -> bool:
+    if set(values) != KEYS:
         return False
     trial, examples, loss = values["trial"], values["examples"], values["eval_loss"]
     return (

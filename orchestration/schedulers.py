@@ -168,12 +168,27 @@ class RecordedScheduler(FIFOScheduler):
     def _replay(self, records: Sequence[RungRecord]) -> None:
         for line, record in enumerate(records, 1):
             found = self._repeat(record)
-            if found != record.decision:
+            if found == record.decision:
+                continue
+            if self._ledger.damaged:
+                self._follow(record)
+            else:
                 raise ValueError(
                     f"{self._ledger.path}:{line}: must be this scheduler's decision ({found}), got "
                     f"{record.decision} for {record.trial}; resume with the scheduler, grace_period, "
                     "reduction_factor, budget and Ray version that the run began with"
                 )
+
+    def _follow(self, record: RungRecord) -> None:
+        """Takes a decision as it was: with a record lost, Ray's scheduler cannot come to it by itself."""
+        name, examples, loss = record.trial, record.examples, record.eval_loss
+        self._decided[name, examples] = record.decision
+        if record.decision == STOP and name not in self._ended:
+            self._end(name, examples, loss)
+        elif record.decision == CONTINUE and name in self._ended:
+            self._ended.discard(name)
+            self._added.discard(name)
+            self._add(name)
 
     def _repeat(self, record: RungRecord) -> str:
         """What this scheduler does on a record, in its state after all the records before."""

@@ -4,16 +4,19 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster.inventory import Inventory, local_inventory, smallest_gpu_bytes
-from orchestration.results import TrialRecord, best_trial, read_trials
+from orchestration import signals
+from orchestration.local_ray import begin_alone, end_alone
+from orchestration.mending import choose
+from orchestration.results import TrialRecord
 from orchestration.runtime_env import worker_environment
 from orchestration.serving import ADAPTER_CONFIG, portable_config
-from trainers.mirror import fetch_folder
-from trainers.paths import RunPaths, read_json, replace_folder, temporary_folder, write_json
+from trainers.integrity import seal_folder
+from trainers.paths import RunPaths, read_state, replace_folder, temporary_folder, write_json
 
 # Every report of a worker waits for its controller's next poll: 2 s by default.
 HEALTH_CHECK_INTERVAL_S = "0.2"
@@ -27,7 +30,8 @@ def start_ray(address: str | None) -> None:
     """Joins a cluster, whose workers get our packages, or starts a local one that listens on loopback alone.
 
     Raises:
-        ValueError: no cluster answers at the address, or one with another Python or Ray.
+        ValueError: no cluster answers at the address, or one with another Python or Ray; variables with secrets
+            that its dashboard would show; no place for the token of a local one.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -49,12 +53,15 @@ def start_ray(address: str | None) -> None:
         "configure_logging": True,
     }
     if address is None:
+        options |= begin_alone()
         # Without address="local", init joins whatever cluster it finds on this machine.
-        ray.init(address="local", include_dashboard=True, dashboard_host="127.0.0.1", **options)
+        with signals.kept():
+            ray.init(address="local", include_dashboard=True, dashboard_host="127.0.0.1", **options)
         return
     try:
         _probe(address)
-        ray.init(address=address, runtime_env=worker_environment(), **options)
+        with signals.kept():
+            ray.init(address=address, runtime_env=worker_environment(), **options)
     except RuntimeError as error:
         if "Version mismatch" not in str(error):
             raise
@@ -136,12 +143,14 @@ def run_trials(
 
     Raises:
         ValueError: what the callback's check raised.
+        KeyboardInterrupt: a signal came before; one that comes meanwhile ends Tune's loop.
     """
     from ray.tune import TuneError
 
     tuner = _tuner(trainable, searcher, scheduler, run, max_concurrent, callback)
     try:
-        tuner.fit()
+        with signals.ended_by_tune():
+            tuner.fit()
     except TuneError as error:
         # Tune packs what a callback raises into the text of an error of its own.
         if type(error.__context__) is ValueError:
@@ -182,24 +191,24 @@ def _tuner(
 
 
 def finish(
-    run: RunPaths, extra_files: Mapping[str, Path]
+    run: RunPaths, extra_files: Mapping[str, Path], say: Callable[[str], None]
 ) -> tuple[list[TrialRecord], TrialRecord | None]:
     """Reads all trials back and puts the best adapter into runs/NAME/best.
 
     Args:
         extra_files: name in best/ -> file to copy, beside the adapter's own.
+        say: is told of weights that are damaged.
     """
-    records = read_trials(run)
-    best = best_trial(records)
+    records, best = choose(run, say)
     if best is not None:
-        fetch_folder(run.trial(best.name).best)
         folder = temporary_folder(run.best)
         own = {path.name: path for path in run.trial(best.name).best.iterdir()}
         for name, path in (own | dict(extra_files)).items():
             shutil.copy2(path, folder / name)
         write_json(
-            folder / ADAPTER_CONFIG, portable_config(folder, read_json(run.resolved)["config"])
+            folder / ADAPTER_CONFIG, portable_config(folder, read_state(run.resolved)["config"])
         )
+        seal_folder(folder)
         replace_folder(folder, run.best)
     return records, best
 
@@ -209,4 +218,6 @@ def stop_ray() -> None:
     import ray
 
     if "ray" in sys.modules and ray.is_initialized():
-        ray.shutdown()
+        with signals.kept():
+            ray.shutdown()
+    end_alone()

@@ -10,7 +10,7 @@ from search_spaces.candidate import Candidate, trial_name
 from trainers.base_fetch import is_hub_id
 from trainers.metrics import best_row
 from trainers.mirror import shown
-from trainers.paths import RunPaths, read_json, write_json
+from trainers.paths import RunPaths, read_state, write_state
 
 if TYPE_CHECKING:
     from cluster.inventory import TrialDemand
@@ -73,7 +73,7 @@ class TrialMaker:
     def write(self, candidate: Candidate) -> dict[str, Any]:
         """A trial's dict, kept as its config.json."""
         trial = self.make(candidate)
-        write_json(self.run.trial(trial["name"]).config, trial)
+        write_state(self.run.trial(trial["name"]).config, trial)
         return trial
 
 
@@ -96,7 +96,7 @@ def settle(run: RunPaths) -> dict[str, int]:
     for name in sorted(stopped_trials(records)):
         paths = run.trial(name)
         if paths.config.exists() and not paths.status.exists():
-            config, rows = read_json(paths.config), read_trial(paths).rows
+            config, rows = read_state(paths.config), read_trial(paths).rows
             done = bool(rows) and rows[-1]["examples"] >= config["num_examples"]
             reason = "" if done else "stopped by its scheduler"
             mark_ended(paths, "finished" if done else "stopped", reason)

@@ -1,8 +1,10 @@
-"""Checkpoints: a PEFT adapter folder (or a transformers model folder), and the trainer's state beside it."""
+"""Checkpoints: a PEFT adapter folder (or a transformers model folder), and the trainer's state beside it (see
+trainers/checkpoint_folder.py)."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -12,6 +14,15 @@ from transformers.pytorch_utils import Conv1D
 
 from search_spaces.variants import DORA, RSLORA
 from trainers.adapters import AdaptedLayer, Pack
+from trainers.checkpoint_folder import (
+    AGAIN,
+    OPTIMIZER_FILE,
+    PROBE_LOSS,
+    ROWS,
+    STATE_FILE,
+    Checkpoint,
+    find_checkpoint,
+)
 from trainers.experts import from_peft, peft_shape, to_peft
 from trainers.gate import (
     ADAPTER_FILE,
@@ -23,15 +34,13 @@ from trainers.gate import (
     modules_ending_in,
     rank_pattern,
 )
+from trainers.integrity import seal_folder, sync_folder
 from trainers.loop import Run
-from trainers.paths import existing_folder, read_json, replace_folder, temporary_folder, write_json
+from trainers.paths import replace_folder, temporary_folder, write_json
 from trainers.slots import AdapterSpec
 from trainers.targets import matching_layers
 
-OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PROBE_LOSS = "probe_loss"
-AGAIN = "remove the folder to begin the trial again"
 
 
 def save_checkpoint(
@@ -42,11 +51,14 @@ def save_checkpoint(
     base_name: str,
     revision: str | None,
     probe_loss: float | None = None,
+    rows: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Writes weights and everything a restart needs; the folder appears whole or not at all.
+    """Writes weights and everything a restart needs; the folder appears whole or not at all, and the one
+    before stays beside it.
 
     Args:
         probe_loss: nats/token of the run on its probe batch (gate.py), which a restart must find again.
+        rows: the trial's metrics so far.
 
     Raises:
         GateError: what was written is not what was trained; the previous checkpoint stays.
@@ -60,8 +72,11 @@ def save_checkpoint(
     except GateError:
         shutil.rmtree(temporary)
         raise
-    write_json(temporary / STATE_FILE, run.counters | {PROBE_LOSS: probe_loss})
-    replace_folder(temporary, folder)
+    state = run.counters | {PROBE_LOSS: probe_loss, ROWS: list(rows)}
+    write_json(temporary / STATE_FILE, state)
+    seal_folder(temporary)
+    sync_folder(temporary)
+    replace_folder(temporary, folder, keep_previous=True)
 
 
 def save_weights(
@@ -86,30 +101,20 @@ def save_weights(
     check_saved(folder, pack, run)
 
 
-def copy_weights(checkpoint: Path, folder: Path) -> None:
-    """Puts a checkpoint's weights, without the trainer's state, in a folder's place."""
-    temporary = temporary_folder(folder)
-    for path in (existing_folder(checkpoint) or checkpoint).iterdir():
-        if path.name not in (OPTIMIZER_FILE, STATE_FILE):
-            shutil.copy2(path, temporary / path.name)
-    replace_folder(temporary, folder)
-
-
-def load_checkpoint(run: Run, folder: Path) -> bool:
-    """Brings a new run to where its checkpoint was. False: there is none.
+def load_checkpoint(run: Run, folder: Path) -> Checkpoint | None:
+    """Brings a new run to where its last checkpoint was that is whole, and gives that; None: there is none.
 
     Raises:
-        GateError: the checkpoint is not whole, or not of such a run; nothing was changed.
+        GateError: no checkpoint is whole, or it is not of such a run; nothing was changed.
     """
-    found = existing_folder(folder)
-    if found is None or not (found / STATE_FILE).exists():
-        return False
-    moments = _moments(run)
+    checkpoint = find_checkpoint(folder)
+    if checkpoint is None:
+        return None
+    moments, found, state = _moments(run), checkpoint.folder, checkpoint.state
     file = found / (MODEL_FILE if run.slot.spec is None else ADAPTER_FILE)
     shapes = {name: peft_shape(name, view.shape) for name, view in run.slot.parameters.items()}
     weights = _whole(file, shapes, "weights of the trial")
     saved_moments = _whole(found / OPTIMIZER_FILE, _shapes(moments), "moments of its optimizer")
-    state = read_json(found / STATE_FILE)
     if missing := [name for name in run.COUNTERS if name not in state]:
         raise GateError(f"{found / STATE_FILE}: must hold {', '.join(missing)}, does not; {AGAIN}")
     with torch.no_grad():
@@ -118,7 +123,7 @@ def load_checkpoint(run: Run, folder: Path) -> bool:
         for name, moment in moments.items():
             moment.copy_(saved_moments[name])
     run.restore(state)
-    return True
+    return checkpoint
 
 
 def _whole(path: Path, shapes: Shapes, what: str) -> dict[str, torch.Tensor]:
@@ -133,20 +138,6 @@ def _whole(path: Path, shapes: Shapes, what: str) -> dict[str, torch.Tensor]:
 
 def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def recorded_probe_loss(folder: Path) -> float | None:
-    """What a checkpoint's run lost on the probe batch when it was saved; None where nobody looked."""
-    found = existing_folder(folder)
-    return read_json(found / STATE_FILE).get(PROBE_LOSS) if found else None
-
-
-def checkpoint_examples(folder: Path) -> int:
-    """Examples that the run of a checkpoint had seen; 0 where there is none."""
-    found = existing_folder(folder)
-    if found is None or not (found / STATE_FILE).exists():
-        return 0
-    return read_json(found / STATE_FILE)["examples"]
 
 
 def lora_config(

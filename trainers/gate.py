@@ -22,6 +22,7 @@ from torch import nn
 from search_spaces.variants import DORA, RSLORA
 from trainers.adapters import Pack
 from trainers.experts import PARAMETERS, is_experts, parameter_suffix, to_peft
+from trainers.integrity import GateError
 from trainers.loop import Run, Trainer
 from trainers.slots import MAGNITUDE, AdapterSpec, Slot
 from trainers.store import LayerSize
@@ -36,11 +37,6 @@ BF16_TOLERANCE, FULL_TOLERANCE = 2e-2, 1e-5
 base in bf16, and in fp32 or fp64."""
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-class GateError(ValueError):
-    """What was saved is not what was trained, or what is loaded not what was saved. It ends one trial; the
-    message is its reason."""
 
 
 def check_saved(folder: Path, pack: Pack, run: Run) -> None:

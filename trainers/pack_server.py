@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from trainers.comm import Comm
-from trainers.gate import GateError
+from trainers.integrity import GateError
 from trainers.loop import Run
 from trainers.mirror import forget
 from trainers.paths import TrialPaths

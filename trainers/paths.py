@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainers.integrity import DamagedError, sealed, sealed_row, sound_rows, unsealed
 from trainers.mirror import folder_written, removed, written
 
 
@@ -33,6 +34,11 @@ class TrialPaths:
     @property
     def error(self) -> Path:
         return self.root / "error.txt"
+
+    @property
+    def notes(self) -> Path:
+        """What went wrong and was mended: rows of {"note"}."""
+        return self.root / "notes.jsonl"
 
     @property
     def checkpoint(self) -> Path:
@@ -148,35 +154,66 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def write_state(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON object that a resume relies on, with its checksum (trainers/integrity.py)."""
+    write_text(path, sealed(value))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `write_state` wrote.
+
+    Raises:
+        DamagedError: the file is something else.
+    """
+    return unsealed(path.read_bytes().decode("utf-8", errors="replace"), path)
+
+
 def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes one JSON object a line."""
-    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    """Writes one JSON object a line, each with its checksum."""
+    write_text(path, "".join(f"{sealed_row(row)}\n" for row in rows))
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that may not be there yet."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The rows of a file that may not be there yet.
+
+    Raises:
+        DamagedError: a line is not what was written.
+    """
+    rows, damaged = sound_rows(path)
+    if damaged:
+        raise DamagedError(
+            f"{path}:{damaged[0]}: must be a row with its checksum, is not: the file is damaged, or was changed "
+            "by hand"
+        )
+    return rows
 
 
-def replace_folder(temporary: Path, target: Path) -> None:
+def previous_of(target: Path) -> Path:
+    """Where the folder lies that a target replaced, while it is kept."""
+    return target.with_name(f".{target.name}.old")
+
+
+def replace_folder(temporary: Path, target: Path, *, keep_previous: bool = False) -> None:
     """Puts a complete folder in a target's place. A folder cannot be replaced in one step: if we die
-    between the two renames, the previous one is found as `.NAME.old` by `existing_folder`."""
-    old = target.with_name(f".{target.name}.old")
+    between the two renames, the previous one is found as `previous_of` by `existing_folder`.
+
+    Args:
+        keep_previous: it stays there, for the day on which the new one cannot be read.
+    """
+    old = previous_of(target)
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(target, old)
     os.rename(temporary, target)
-    shutil.rmtree(old, ignore_errors=True)
+    if not keep_previous:
+        shutil.rmtree(old, ignore_errors=True)
     folder_written(target)
 
 
 def remove_folder(target: Path) -> None:
     """Removes a folder that may not be there, and what a replacement left beside it: whole or not at all,
     whenever we die."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(previous_of(target), ignore_errors=True)
     if target.exists():
         gone = target.with_name(f".{target.name}.{os.getpid()}.gone")
         os.rename(target, gone)
@@ -196,7 +233,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def existing_folder(target: Path) -> Path | None:
     """The folder, or the one it was about to replace, or None."""
-    candidates = (target, target.with_name(f".{target.name}.old"))
+    candidates = (target, previous_of(target))
     return next((folder for folder in candidates if folder.is_dir()), None)
 
 

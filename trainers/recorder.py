@@ -1,19 +1,23 @@
 """What a trial leaves on disk while it trains: its metrics, checkpoints and best weights, and how it ended."""
 
+import shutil
 import traceback
 from dataclasses import asdict
 from typing import Any
 
-from trainers.checkpoint import checkpoint_examples, copy_weights, save_checkpoint
-from trainers.gate import GateError, Probe
+from trainers.checkpoint import save_checkpoint
+from trainers.checkpoint_folder import Checkpoint, copy_weights, put_back
+from trainers.gate import Probe
+from trainers.integrity import GateError, sealed_row, sound_rows
 from trainers.loop import Evaluation, Run
 from trainers.metrics import best_row
 from trainers.paths import (
     TrialPaths,
-    read_json_lines,
+    append_text,
+    previous_of,
     remove_folder,
-    write_json,
     write_json_lines,
+    write_state,
     write_text,
 )
 from trainers.trial_spec import Report, TrialSpec
@@ -24,20 +28,45 @@ class Recorder:
     writes.
 
     Args:
-        examples: that the run had seen at its last evaluation before it entered.
+        checkpoint: that the run goes on from, on all workers; None: it begins.
     """
 
     def __init__(
-        self, spec: TrialSpec, probe: Probe, paths: TrialPaths, report: Report, *, examples: int
+        self,
+        spec: TrialSpec,
+        probe: Probe,
+        paths: TrialPaths,
+        report: Report,
+        checkpoint: Checkpoint | None,
     ) -> None:
         self.spec, self.probe, self.paths, self.report = spec, probe, paths, report
         self.writes = probe.comm.world_rank == 0
-        # A restart goes on from the checkpoint: rows written after it will be written again.
-        self.rows = [row for row in read_json_lines(paths.metrics) if row["examples"] <= examples]
+        # The checkpoint's rows, whatever metrics.jsonl holds: what came after will be written again.
+        self.rows = checkpoint.rows if checkpoint else []
+        if self.writes:
+            self._take_up(checkpoint)
+
+    def _take_up(self, checkpoint: Checkpoint | None) -> None:
+        known, damaged = sound_rows(self.paths.metrics)
+        for number in damaged:
+            self.note(f"{self.paths.metrics}:{number} is damaged, the checkpoint's rows are taken")
+        if checkpoint is None:
+            if damaged or any(row["steps"] > 0 for row in known):
+                self.note("no checkpoint is left; the trial begins again")
+            return
+        if known != self.rows:
+            write_json_lines(self.paths.metrics, self.rows)
+        for problem in checkpoint.problems:
+            at = checkpoint.state["examples"]
+            self.note(f"{problem}; the checkpoint before it is taken, of {at} examples")
+        put_back(checkpoint, self.paths.checkpoint)
         best = best_row(self.rows)
-        is_best = best is not None and best["examples"] == checkpoint_examples(paths.checkpoint)
-        if self._keeps and is_best:
-            copy_weights(paths.checkpoint, paths.best)  # a worker that died before it did
+        if self._keeps and best is not None and best["examples"] == checkpoint.state["examples"]:
+            copy_weights(self.paths.checkpoint, self.paths.best)  # a worker that died before it did
+
+    def note(self, text: str) -> None:
+        """Keeps what went wrong and was mended, for the driver to say."""
+        append_text(self.paths.notes, f"{sealed_row({'note': text})}\n")
 
     def __call__(self, run: Run, evaluation: Evaluation) -> bool:
         """Whether the run goes on.
@@ -50,7 +79,6 @@ class Recorder:
             del row["retention_loss"]
         # A worker that died right after its first checkpoint evaluates the base once more.
         self.rows = [*(old for old in self.rows if old["examples"] < row["examples"]), row]
-        # The row first: a checkpoint without its row would lose that evaluation for good.
         if self.writes:
             write_json_lines(self.paths.metrics, self.rows)
         self.save(run)
@@ -75,6 +103,7 @@ class Recorder:
                 base_name=self.spec.base.model,
                 revision=self.spec.base.revision,
                 probe_loss=probe_loss,
+                rows=self.rows,
             )
         except GateError as error:
             return str(error)
@@ -103,7 +132,9 @@ class Recorder:
         """Writes how the trial ended."""
         if self.writes:
             self.write_status(self.paths, run.status, run.reason, run.examples, run.steps)
-            if not self.spec.keep_weights:
+            if self.spec.keep_weights:
+                shutil.rmtree(previous_of(self.paths.checkpoint), ignore_errors=True)
+            else:
                 remove_folder(self.paths.checkpoint)
 
     @staticmethod
@@ -111,7 +142,7 @@ class Recorder:
         paths: TrialPaths, status: str, reason: str, examples: int, steps: int
     ) -> None:
         """status.json of a trial."""
-        write_json(
+        write_state(
             paths.status,
             {"status": status, "reason": reason, "examples": examples, "steps": steps},
         )

@@ -4,7 +4,6 @@ NAME/manifest.json     {"files": {file: {"object", "bytes", "sha256"}}}
 NAME/FILE              or NAME/VERSION/FILE, where the folder before must stay whole until the next one is
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainers.integrity import file_sha256
 from trainers.object_store import ObjectStore, StoreError
 
 MANIFEST = "manifest.json"
@@ -99,7 +99,7 @@ def _fetch(store: ObjectStore, name: str, file: Path, entry: dict[str, Any]) -> 
         store.download(name, file)
     except FileNotFoundError as error:
         raise StoreError(f"{store.url}/{name}: its manifest names it, it is not there") from error
-    if _sha256(file) != entry["sha256"]:
+    if file_sha256(file) != entry["sha256"]:
         raise StoreError(
             f"{store.url}/{name}: must hold the {entry['bytes']:,} bytes that its manifest says, "
             f"came as {file.stat().st_size:,} bytes that differ; remove the folder to begin it again"
@@ -107,13 +107,8 @@ def _fetch(store: ObjectStore, name: str, file: Path, entry: dict[str, Any]) -> 
 
 
 def _entry(name: str, path: Path) -> dict[str, Any]:
-    return {"object": name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {"object": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -13,7 +13,7 @@ from search_spaces.candidate import Candidate, trial_name
 from search_spaces.studies.grid import next_points
 from search_spaces.studies.points import Point
 from trainers.mirror import local_folder, shown
-from trainers.paths import RunPaths, TrialPaths, copy_file, read_json, remove_file, write_json
+from trainers.paths import RunPaths, TrialPaths, copy_file, read_state, remove_file, write_state
 
 MEASURED = ("finished", "diverged")
 """Ends of a trial that are results: a point with a loss, or one without."""
@@ -60,7 +60,7 @@ class Agenda:
                     new.append(trial)
             for trial in new:
                 self.asked.add(trial["name"])
-                write_json(TrialPaths(local_folder(trial["folder"])).config, trial)
+                write_state(TrialPaths(local_folder(trial["folder"])).config, trial)
             if new or not adopted:
                 return new
 
@@ -163,9 +163,9 @@ def adopt(trial: dict[str, Any], sources: Sequence[RunPaths]) -> bool:
         found = source.trial(trial["name"])
         if not found.status.exists() or read_trial(found).status not in MEASURED:
             continue
-        if _what(read_json(found.config)) == _what(trial):
+        if _what(read_state(found.config)) == _what(trial):
             copy_file(found.metrics, target.metrics)
-            write_json(target.config, trial | {"taken_from": shown(source.root)})
+            write_state(target.config, trial | {"taken_from": shown(source.root)})
             copy_file(found.status, target.status)  # last: with it the trial has ended
             return True
     return False

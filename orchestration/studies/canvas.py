@@ -1,21 +1,15 @@
 """What all charts of the study page share: layout, labelled lines, text."""
 
-import html
 import math
 from typing import Any
 
 import plotly.graph_objects as go
 
-from orchestration.charts import GREY, layout
+from orchestration.charts import GREY, escaped, layout
 
 PLOT_PIXELS = 400
 MARGIN_PIXELS = 130
 """What axis, titles and legend take of a chart's height."""
-
-
-def escaped(text: str) -> str:
-    """Text as plotly shows it literally: its labels understand some markup."""
-    return html.escape(text, quote=False)
 
 
 def counted(number: int, noun: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from orchestration.config import SweepConfig, make_config, values_of
+from orchestration.console import PlainConsole
 from orchestration.models import model_shape, require_weights
 from orchestration.planning import Plan
 from orchestration.preflight import checked_inventory, needs_of
@@ -25,7 +26,13 @@ from orchestration.studies.capacity import (
     fact_trial,
 )
 from orchestration.studies.capacity_findings import findings
-from orchestration.studies.common import begin, checked_plan, conclude, with_candidates
+from orchestration.studies.common import (
+    begin,
+    checked_plan,
+    conclude,
+    removed_if_refused,
+    with_candidates,
+)
 from orchestration.studies.config import StudyConfig
 from orchestration.studies.frame import StudyFacts, frame
 from orchestration.studies.results import model_facts, write_results
@@ -46,11 +53,11 @@ def run_capacity(config: StudyConfig, run: RunPaths, facts: StudyFacts) -> int:
         ValueError: a model or tokenizer that cannot hold the facts.
     """
     recipe = recipe_of(config, facts.preset)
-    console = Console(highlight=False)
+    console = PlainConsole()
     require_weights(config.model)
     shape = model_shape(config.model, config.revision)
     model = model_facts(config, shape)
-    with driving(run):
+    with driving(run), removed_if_refused(run):
         begin(run, config, facts, {"model": model, "recipe": _fixed(recipe)})
         sets = _planned(config, recipe, run, shape)
         _train(config, sets, console)

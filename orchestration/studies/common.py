@@ -1,5 +1,7 @@
 """What the drivers of all kinds of study share: plan, folder, and what is said at the end."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +16,9 @@ from orchestration.studies.config import StudyConfig, write_study_yaml
 from orchestration.studies.frame import StudyFacts
 from search_spaces.candidate import Candidate
 from search_spaces.pruner import DiscardedList, PruneResult
-from trainers.mirror import shown
-from trainers.paths import RunPaths, read_json, write_json
+from trainers.mirror import fetch_all_records, shown
+from trainers.object_store import StoreError
+from trainers.paths import RunPaths, read_state, remove_folder, write_state
 
 
 def checked_plan(config: SweepConfig) -> Plan:
@@ -36,6 +39,25 @@ def with_candidates(plan: Plan, candidates: tuple[Candidate, ...]) -> Plan:
     nothing = DiscardedList()
     admitted = PruneResult(admitted=candidates, discarded=nothing, advised=nothing)
     return replace(plan, pruned=admitted)
+
+
+@contextmanager
+def removed_if_refused(run: RunPaths) -> Iterator[None]:
+    """A new study that is refused before anything is trained must not be in the way of the next attempt.
+
+    Args:
+        run: a folder in which nothing but the driver's lock may be: else it is kept.
+    """
+    is_new = all(path.name == run.lock.name for path in run.root.iterdir())
+    try:
+        yield
+    except StoreError:
+        raise  # nobody can say what is there
+    except ValueError:
+        fetch_all_records(run.root)  # what workers elsewhere wrote
+        if is_new and not any(run.root.rglob("metrics.jsonl")):
+            remove_folder(run.root)
+        raise
 
 
 def begin(run: RunPaths, config: StudyConfig, facts: StudyFacts, fixed: dict[str, Any]) -> None:
@@ -61,12 +83,12 @@ def begin(run: RunPaths, config: StudyConfig, facts: StudyFacts, fixed: dict[str
         )
     write_study_yaml(run.root / "study.yaml", config)
     resolved = {"config": config.model_dump(mode="json"), "versions": facts.versions}
-    write_json(run.resolved, resolved | {"command": facts.command, "fixed": now})
+    write_state(run.resolved, resolved | {"command": facts.command, "fixed": now})
 
 
 def fixed_of(run: RunPaths) -> dict[str, Any] | None:
     """What may not change of the study in a folder; None where there is no study."""
-    return read_json(run.resolved).get("fixed") if run.resolved.is_file() else None
+    return read_state(run.resolved).get("fixed") if run.resolved.is_file() else None
 
 
 def conclude(console: Console, run: RunPaths, results: dict[str, Any]) -> int:

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from orchestration.console import PlainConsole
 from orchestration.models import model_shape
 from orchestration.run_folder import driving
-from orchestration.studies.common import begin, conclude
+from orchestration.studies.common import begin, conclude, removed_if_refused
 from orchestration.studies.compute import GPU, LAPTOP, SMOKE, ComputeRecipe, CostModel, run_compute
 from orchestration.studies.config import ASSETS, StudyConfig
 from orchestration.studies.frame import StudyFacts, frame
@@ -23,9 +22,9 @@ def run_compute_study(config: StudyConfig, run: RunPaths, facts: StudyFacts) -> 
     Raises:
         ValueError: a model that cannot be read, or another study's folder.
     """
-    recipe, console = recipe_of(config, facts.preset), Console(highlight=False)
+    recipe, console = recipe_of(config, facts.preset), PlainConsole()
     model = model_facts(config, model_shape(config.model, config.revision))
-    with driving(run):
+    with driving(run), removed_if_refused(run):
         begin(run, config, facts, {"recipe": recipe.model_dump(mode="json")})
 
         def progress(line: str) -> None:

@@ -14,7 +14,7 @@ from orchestration.config import (
     make_config,
     read_values,
 )
-from search_spaces.values import parse_domain
+from search_spaces.values import MAX_POINTS, parse_domain
 from trainers.paths import write_text
 
 KINDS = ("lr-ratio", "rank", "layers", "batch", "capacity", "compute")
@@ -34,6 +34,8 @@ DECIDED = (
     "dataset_tokens",
 )
 """Keys of a sweep that a study decides itself: its arms run every point to its end."""
+Decades = Annotated[float, Field(gt=0, le=10)]
+"""Half widths of grids of learning rates, which never lie further from their prior."""
 
 
 class StudyConfig(SweepConfig):
@@ -45,16 +47,16 @@ class StudyConfig(SweepConfig):
     scheduler: Literal["asha", "fifo", "median"] = "fifo"
     capacity_policy: Literal["discard", "advisory"] = "advisory"
 
-    seeds: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=0)]] = 3
+    seeds: Annotated[int, Field(ge=1, le=MAX_POINTS)] | list[Annotated[int, Field(ge=0)]] = 3
     """How many seeds (0, 1, ...), or which."""
     full_learning_rate: float | list[float] | LogRange | None = None
     """Grid of the full-fine-tuning arms; default: one decade to each side of the prior. learning_rate is
     that of the LoRA arms."""
-    lr_decades: Positive = 1.0
+    lr_decades: Decades = 1.0
     """Half width of a default grid."""
-    seed_window_decades: Positive = 0.5
+    seed_window_decades: Decades = 0.5
     """Seeds after the first run the learning rates so near to the first one's best."""
-    max_extensions: Annotated[int, Field(ge=0)] = 8
+    max_extensions: Annotated[int, Field(ge=0, le=MAX_POINTS)] = 8
     """Most learning rates that a grid may grow by, at an edge or beside a diverged run."""
     tolerance_frac: Annotated[float, Field(gt=0, lt=1)] = 0.005
     """A loss so near to the best counts as as good."""

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.inventory import Inventory, local_inventory, max_concurrent_trials, room_per_worker
+from orchestration.console import PlainConsole
 from orchestration.packs import trial_demand
 from orchestration.planning import Plan
 from orchestration.preflight import checked_inventory, needs_of
@@ -16,7 +17,13 @@ from orchestration.run_folder import driving, run_at, run_in
 from orchestration.runtime_env import share_cache
 from orchestration.studies.agenda import Agenda, retry_failed
 from orchestration.studies.arms import CURVE_KINDS, Arm, make_arms
-from orchestration.studies.common import begin, checked_plan, conclude, with_candidates
+from orchestration.studies.common import (
+    begin,
+    checked_plan,
+    conclude,
+    removed_if_refused,
+    with_candidates,
+)
 from orchestration.studies.config import StudyConfig
 from orchestration.studies.findings import findings
 from orchestration.studies.frame import StudyFacts
@@ -70,9 +77,9 @@ def _run_curves(
     plan = checked_plan(config)
     arms = make_arms(facts.kind, config, plan)
     _require_full_ft(config, plan, arms)
-    console = Console(highlight=False)
+    console = PlainConsole()
     _say_arms(console, arms, config)
-    with driving(run):
+    with driving(run), removed_if_refused(run):
         begin(run, config, facts, fixed_facts(config, plan))
         for name in retry_failed(run):
             console.print(f"{name} failed before: it is tried once more", markup=False)

@@ -9,7 +9,7 @@ from ray.tune.search import Searcher
 from orchestration.engines import Work
 from orchestration.planning import Plan
 from orchestration.rungs import METRIC, MODE
-from orchestration.searcher_state import restore_state, save_state
+from orchestration.searcher_state import UnsavedSearcher
 from orchestration.studies.agenda import Agenda
 from orchestration.studies.arms import Arm
 from orchestration.studies.config import StudyConfig
@@ -55,7 +55,7 @@ class StudyWork(Work):
         return PointSearcher(self.trials, self.agenda.take, common | {"seen": self.seen})
 
 
-class PointSearcher(Searcher):
+class PointSearcher(UnsavedSearcher):
     """Suggests the trials that are known, then asks for more whenever one has ended.
 
     Args:
@@ -88,12 +88,6 @@ class PointSearcher(Searcher):
     ) -> None:
         self._open.discard(trial_id)
         self._is_stale = True
-
-    def save(self, checkpoint_path: str) -> None:
-        save_state(self, checkpoint_path)
-
-    def restore(self, checkpoint_path: str) -> None:
-        restore_state(self, checkpoint_path)
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its searcher; what is asked for more holds a plan and paths.

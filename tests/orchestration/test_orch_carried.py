@@ -15,7 +15,7 @@ from orchestration.planning import make_plan
 from orchestration.show import confirmation_lines, show_plan
 from search_spaces.candidate import Candidate, trial_name
 from tests.test_imports import HEAVY, LLAMA_70B, VERB, loaded_after
-from trainers.paths import RunPaths, write_json, write_json_lines
+from trainers.paths import RunPaths, write_json, write_json_lines, write_state
 
 CANDIDATE = Candidate(
     learning_rate=1e-3,
@@ -36,20 +36,20 @@ RATES = [BEST * 10 ** (0.1 + step / 4) for step in range(-4, 4)]
 
 def write_trial(run: RunPaths, candidate: Candidate, losses: list[float], status: str) -> None:
     paths = run.trial(trial_name(candidate))
-    write_json(paths.config, {"name": paths.root.name, "candidate": candidate.to_dict()})
+    write_state(paths.config, {"name": paths.root.name, "candidate": candidate.to_dict()})
     rows = [
         {"examples": 100 * number, "steps": 10 * number, "eval_loss": loss}
         for number, loss in enumerate(losses)
     ]
     write_json_lines(paths.metrics, rows)
     if status != "unfinished":
-        write_json(paths.status, {"status": status, "reason": "", "examples": 0, "steps": 0})
+        write_state(paths.status, {"status": status, "reason": "", "examples": 0, "steps": 0})
 
 
 def write_run(folder: Path, *, rates=RATES, hidden: int = 1024, method: str = "sft") -> RunPaths:
     """A finished sweep; the best loss before the end of a trial is not where it ends."""
     run = RunPaths(folder)
-    write_json(run.plan, {"method": method, "model": {"hidden_size": hidden}})
+    write_state(run.plan, {"method": method, "model": {"hidden_size": hidden}})
     for rate in rates:
         loss = 2.0 + 0.3 * math.log10(rate / BEST) ** 2
         losses = [3.5, loss - 0.4 * math.log10(rate / 1e-5), loss]

@@ -21,8 +21,9 @@ from trainers.base_model import load_base
 from trainers.base_spec import BaseSpec
 from trainers.checkpoint import save_weights
 from trainers.data import DataSpec
+from trainers.integrity import check_folder, seal_folder
 from trainers.loop import RunSpec, new_run
-from trainers.paths import RunPaths, write_json, write_json_lines
+from trainers.paths import RunPaths, read_state, write_json, write_json_lines, write_state
 from trainers.slots import AdapterSpec
 
 IDS = torch.arange(3, 67).view(2, 32)
@@ -36,7 +37,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPaths:
     monkeypatch.setenv("TENFOLD_CACHE", str(tmp_path / "cache"))
     shutil.copytree(BASE, tmp_path / "models" / "base")
     run = RunPaths(tmp_path / "runs" / "run")
-    write_json(run.resolved, {"config": {"model": "models/base", "revision": None}, "versions": {}})
+    write_state(
+        run.resolved, {"config": {"model": "models/base", "revision": None}, "versions": {}}
+    )
     for seed, loss in ((0, 2.0), (1, 1.5)):
         add_trial(run, seed=seed, eval_loss=loss)
     return run
@@ -54,10 +57,10 @@ def add_trial(run: RunPaths, seed: int, eval_loss: float) -> None:
         "eval_every": 1,
     }
     config |= {"base": vars(base), "data": vars(data), "candidate": candidate.to_dict()}
-    write_json(paths.config, config)
+    write_state(paths.config, config)
     row = {"examples": 1, "steps": 1, "eval_loss": eval_loss}
     write_json_lines(paths.metrics, [row])
-    write_json(paths.status, {"status": "finished", "reason": "", "examples": 1, "steps": 1})
+    write_state(paths.status, {"status": "finished", "reason": "", "examples": 1, "steps": 1})
     model = load_base(base)
     linears = ModelShape.from_config(BASE / "config.json").resolve_target(candidate.target)
     pack = inject(
@@ -69,6 +72,7 @@ def add_trial(run: RunPaths, seed: int, eval_loss: float) -> None:
             view.normal_(0, 0.02)
     paths.best.mkdir()
     save_weights(pack, new_run(pack, 0, RUN), paths.best, base_name=base.model, revision=None)
+    seal_folder(paths.best)
 
 
 def exported(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
@@ -148,6 +152,7 @@ def test_export_for_vllm_says_how_to_serve_it(run, capsys):
 def test_export_for_vllm_of_what_it_refuses_is_refused_with_the_way_out(run, capsys):
     config = run.trial(name_of(1)).best / "adapter_config.json"
     write_json(config, json.loads(config.read_text()) | {"use_dora": True})
+    seal_folder(config.parent)
     lines = refused(capsys, "runs/run", "--for", "vllm")
     assert lines == ["vLLM: DoRA is not supported; export merged weights (--merge)"]
 
@@ -171,8 +176,8 @@ def test_export_of_a_trial_without_weights_or_of_a_full_fine_tuning_is_refused(r
     shutil.rmtree(paths.best)
     (line,) = refused(capsys, "runs/run")
     assert "must have weights in best/, it has none" in line
-    config = json.loads(paths.config.read_text())
-    write_json(paths.config, config | {"candidate": config["candidate"] | {"full_finetune": True}})
+    config = read_state(paths.config)
+    write_state(paths.config, config | {"candidate": config["candidate"] | {"full_finetune": True}})
     (line,) = refused(capsys, "runs/run")
     assert "is a full fine-tuning" in line
 
@@ -180,9 +185,21 @@ def test_export_of_a_trial_without_weights_or_of_a_full_fine_tuning_is_refused(r
 def test_export_that_fails_in_the_middle_leaves_nothing(run, capsys):
     adapter = run.trial(name_of(1)).best / "adapter_model.safetensors"
     adapter.write_bytes(adapter.read_bytes()[:-1000])
+    seal_folder(adapter.parent)
     (line,) = refused(capsys, "runs/run", "--merge")
     assert "adapter_model.safetensors" in line
     assert "is no readable safetensors file" in line
+
+
+def test_export_of_a_damaged_adapter_is_refused_and_what_is_exported_can_be_checked(run, capsys):
+    exported(capsys)
+    check_folder(Path("runs/run/export/adapter"))
+    adapter = run.trial(name_of(1)).best / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-1000])
+    (line,) = refused(capsys, "runs/run", "-o", "second")
+    assert "adapter_model.safetensors: must have" in line
+    assert "it is cut short" in line
+    assert not Path("second").exists()
 
 
 def adapter_config(**values: Any) -> dict[str, Any]:

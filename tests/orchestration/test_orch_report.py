@@ -12,7 +12,13 @@ import pytest
 from orchestration.report import write_report
 from tests.orchestration.sweeps import candidate_dict
 from trainers.data import DataSpec, audit_data
-from trainers.paths import RunPaths, read_json, read_json_lines, write_json, write_json_lines
+from trainers.paths import (
+    RunPaths,
+    read_json_lines,
+    read_state,
+    write_json_lines,
+    write_state,
+)
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -55,13 +61,13 @@ def run(tmp_path, monkeypatch) -> RunPaths:
     }
     for name, (values, status, reason, rows) in trials.items():
         paths = run.trial(name)
-        write_json(paths.config, {"candidate": values})
-        write_json(paths.status, {"status": status, "reason": reason, "examples": 0, "steps": 0})
+        write_state(paths.config, {"candidate": values})
+        write_state(paths.status, {"status": status, "reason": reason, "examples": 0, "steps": 0})
         write_json_lines(paths.metrics, rows)
-    write_json(
+    write_state(
         run.resolved, {"config": {"model": "m", "data": "d"}, "versions": {"torch": "2.13.0"}}
     )
-    write_json(run.plan, plan())
+    write_state(run.plan, plan())
     return run
 
 
@@ -118,8 +124,8 @@ def test_write_report_names_variants_with_their_scale_and_how_to_train_the_best_
     assert "variant</th>" not in written(run)
     for name in names:
         path = run.trial(name).config
-        config = read_json(path)
-        write_json(path, config | {"candidate": config["candidate"] | {"variant": "rslora"}})
+        config = read_state(path)
+        write_state(path, config | {"candidate": config["candidate"] | {"variant": "rslora"}})
     text = written(run)
     assert "Best: variant rslora, lora_rank 4, learning_rate 1.00e-03" in text
     assert "variant: rslora" in text  # best.yaml
@@ -140,7 +146,7 @@ def test_write_report_tells_the_packs_of_warm_workers_and_that_solo_had_none(run
         "group-0": {"device": "CPU X", "max_tokens": 1024, "loaded_in_s": 3.21},
         "group-1": {"lost": "RuntimeError: no <memory>"},
     }
-    write_json(run.packs, packs | {"keep_dequantized": True, "groups": groups})
+    write_state(run.packs, packs | {"keep_dequantized": True, "groups": groups})
     write_report(run)
     text = run.report.read_text()
     for part in (
@@ -167,7 +173,7 @@ def retained(run: RunPaths) -> None:
         write_json_lines(path, rows)
     facts = {"data": "general.jsonl", "num_rows": 5, "num_loss_tokens": 32_000}
     facts |= {"num_all_rows": 50, "num_all_loss_tokens": 320_000}
-    write_json(run.plan, plan() | {"data": audited(run.root), "retention": facts})
+    write_state(run.plan, plan() | {"data": audited(run.root), "retention": facts})
 
 
 def audited(folder) -> dict:
@@ -211,7 +217,7 @@ def test_write_report_tells_measured_bits_beside_the_doctrines(run):
         "device": "CPU X",
     }
     capacity = {"source": "measured", "bits_per_token": 2.5, "doctrine_bits": 20_000}
-    write_json(
+    write_state(
         run.plan,
         plan() | {"dataset_tokens": 20_000, "capacity": capacity | {"measured": measured}},
     )
@@ -231,7 +237,7 @@ def test_write_report_tells_measured_bits_beside_the_doctrines(run):
 
 def test_write_report_without_a_usable_trial_says_so(run):
     for name in ("good", "worse"):
-        write_json(
+        write_state(
             run.trial(name).status,
             {"status": "diverged", "reason": "inf", "examples": 0, "steps": 0},
         )

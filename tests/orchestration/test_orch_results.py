@@ -2,6 +2,7 @@
 
 import json
 import math
+import zlib
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ from orchestration.results import best_trial, mark_ended, read_trial, read_trial
 from orchestration.run import tokenizer_files
 from orchestration.sweep import finish
 from trainers.data import DataSpec
-from trainers.paths import RunPaths, write_json
+from trainers.integrity import check_folder, seal_folder
+from trainers.paths import RunPaths, read_state, write_state
 
 NAN, INF = math.nan, math.inf
 
@@ -25,16 +27,22 @@ def write_trial(run: RunPaths, name: str, losses: list[float], status: str | Non
     """A trial whose rows have these eval losses; the first row is the untouched base (step 0)."""
     folder = run.root / "trials" / name
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"candidate": {"lora_rank": 4}}))
+    write_state(folder / "config.json", {"candidate": {"lora_rank": 4}})
     rows = [
         {"examples": 16 * step, "steps": step, "eval_loss": loss, "eval_bits_per_byte": loss / 2}
         for step, loss in enumerate(losses)
     ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text("".join(map(line_of, rows)))
     if status is not None:
-        (folder / "status.json").write_text(
-            json.dumps({"status": status, "reason": "why", "examples": 0, "steps": 0})
+        write_state(
+            folder / "status.json", {"status": status, "reason": "why", "examples": 0, "steps": 0}
         )
+
+
+def line_of(row: dict) -> str:
+    """A row of metrics.jsonl, also with numbers that we would not write."""
+    text = json.dumps(row)
+    return f'{text[:-1]}, "crc": "{zlib.crc32(text.encode()):08x}"}}\n'
 
 
 def best_name(run: RunPaths) -> str | None:
@@ -128,7 +136,7 @@ def test_read_trial_without_status_or_rows_is_unfinished(run):
 def test_mark_ended_writes_where_the_trial_stood(run):
     write_trial(run, "a", [3.0, 2.0, 1.0], None)
     mark_ended(run.trial("a"), "stopped", "stopped by its scheduler")
-    assert json.loads(run.trial("a").status.read_text()) == {
+    assert read_state(run.trial("a").status) == {
         "status": "stopped",
         "reason": "stopped by its scheduler",
         "examples": 32,
@@ -155,23 +163,27 @@ def test_best_adapter_stands_beside_the_tokenizer_and_template_that_it_was_train
     run, tmp_path
 ):
     write_trial(run, "good", [3.0, 2.0])
-    write_json(run.resolved, {"config": {"model": "models/base", "revision": None}})
+    write_state(run.resolved, {"config": {"model": "models/base", "revision": None}})
     (run.trial("good").best).mkdir()
     (run.trial("good").best / "adapter_config.json").write_text('{"r": 4}')
+    seal_folder(run.trial("good").best)
     model, given = tmp_path / "model", tmp_path / "mine.jinja"
     model.mkdir()
     for name in ("tokenizer.json", "chat_template.jinja", "chat_template.json", "config.json"):
         (model / name).write_text(f"the model's {name}")
     given.write_text("mine")
     own = DataSpec(data="rows.jsonl", model=str(model))
-    finish(run, tokenizer_files(own))
-    names = ["adapter_config.json", "chat_template.jinja", "chat_template.json", "tokenizer.json"]
+    finish(run, tokenizer_files(own), pytest.fail)
+    names = ["adapter_config.json", "chat_template.jinja", "chat_template.json", "checksums.json"]
+    names += ["tokenizer.json"]
+    check_folder(run.best)
     assert sorted(path.name for path in run.best.iterdir()) == names
     assert (run.best / "chat_template.jinja").read_text() == "the model's chat_template.jinja"
     # The base is named as the user named it (field case B19).
     named = {"base_model_name_or_path": "models/base", "revision": None}
     assert json.loads((run.best / "adapter_config.json").read_text()) == {"r": 4} | named
-    finish(run, tokenizer_files(replace(own, chat_template=str(given))))
+    finish(run, tokenizer_files(replace(own, chat_template=str(given))), pytest.fail)
+    check_folder(run.best)
     names.remove("chat_template.json")
     assert sorted(path.name for path in run.best.iterdir()) == names
     assert (run.best / "chat_template.jinja").read_text() == "mine"

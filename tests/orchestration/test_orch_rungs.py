@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from orchestration.rungs import RungLedger, RungRecord, stopped_trials
+from trainers.integrity import sealed_row
 from trainers.paths import RunPaths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +53,7 @@ def test_append_writes_one_json_object_a_line(path):
         "examples": 10,
         "eval_loss": 0.30000000000000004,
         "decision": "CONTINUE",
+        "crc": f"{zlib.crc32(json.dumps(asdict(RECORDS[0])).encode()):08x}",
     }
 
 
@@ -72,29 +76,46 @@ def test_records_of_a_file_cut_anywhere_are_the_whole_lines(path):
 
 
 @pytest.mark.parametrize(
-    "line",
+    "changes",
     [
-        "",
-        "{",
-        "[]",
-        '{"trial": "a", "examples": 10, "eval_loss": 1.5}',
-        '{"trial": "a", "examples": 10, "eval_loss": 1.5, "decision": "CONTINUE", "more": 1}',
-        '{"trial": "a", "examples": 10, "eval_loss": 1.5, "decision": "PAUSE"}',
-        '{"trial": "a", "examples": 10, "eval_loss": NaN, "decision": "STOP"}',
-        '{"trial": "a", "examples": 10, "eval_loss": "1.5", "decision": "STOP"}',
-        '{"trial": "a", "examples": -1, "eval_loss": 1.5, "decision": "STOP"}',
-        '{"trial": "a", "examples": true, "eval_loss": 1.5, "decision": "STOP"}',
-        '{"trial": 7, "examples": 10, "eval_loss": 1.5, "decision": "STOP"}',
-        '{"trial": "a", "examples": 10, "eval_loss": 1.5, "decision": ["STOP"]}',
-        "\udcff",
+        {"decision": None},
+        {"more": 1},
+        {"decision": "PAUSE"},
+        {"eval_loss": "1.5"},
+        {"examples": -1},
+        {"examples": True},
+        {"trial": 7},
+        {"decision": ["STOP"]},
     ],
 )
-def test_records_broken_line_that_is_not_cut_names_its_place(path, line):
-    whole = written(path).splitlines(keepends=True)
-    whole[1] = line.encode(errors="surrogateescape") + b"\n"
-    path.write_bytes(b"".join(whole))
+def test_records_line_that_was_written_so_and_is_none_names_its_place(path, changes):
+    whole = written(path).decode().splitlines(keepends=True)
+    values = {"trial": "a", "examples": 10, "eval_loss": 1.5, "decision": "CONTINUE"} | changes
+    whole[1] = sealed_row({k: v for k, v in values.items() if v is not None}) + "\n"
+    path.write_text("".join(whole))
     with pytest.raises(ValueError, match=r"rungs\.jsonl:2: must hold trial, .*, got "):
         RungLedger(path).records()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"trial": "a", "examples": 10, "eval_loss": 1.5, "decision": "CONTINUE"}',
+        b"\xff",
+    ],
+)
+def test_records_damaged_line_is_left_out_and_numbered(path, line):
+    whole = written(path).splitlines(keepends=True)
+    whole[1] = line + b"\n"
+    path.write_bytes(b"".join(whole))
+    ledger = RungLedger(path)
+    assert ledger.records() == [RECORDS[0], RECORDS[2]]
+    assert ledger.damaged == [2]
+    ledger.append(record("c", 5))
+    assert RungLedger(path).records() == [RECORDS[0], RECORDS[2], record("c", 5)]
 
 
 def test_stopped_trials_are_those_whose_last_record_says_stop():

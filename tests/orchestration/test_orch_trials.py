@@ -8,7 +8,7 @@ from orchestration.results import mark_ended, read_trial
 from orchestration.rungs import CONTINUE, STOP, RungLedger, RungRecord, stopped_trials
 from orchestration.schedulers import make_scheduler
 from orchestration.trials import settle, unended, untold
-from trainers.paths import RunPaths, write_json, write_json_lines
+from trainers.paths import RunPaths, write_json_lines, write_state
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def write_trial(run: RunPaths, name: str, evaluations: int, status: str = "") ->
     rows = [
         {"examples": 10 * at, "steps": at, "eval_loss": 3.0 - at} for at in range(evaluations + 1)
     ]
-    write_json(paths.config, {"name": name, "num_examples": 30, "candidate": {}})
+    write_state(paths.config, {"name": name, "num_examples": 30, "candidate": {}})
     write_json_lines(paths.metrics, rows)
     if status:
         mark_ended(paths, status, "")

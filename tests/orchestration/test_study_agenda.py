@@ -1,7 +1,6 @@
 """Which points a study runs next: decided from the files, played through without any training."""
 
 import itertools
-import json
 import math
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ from orchestration.studies.agenda import Agenda, points_of, retry_failed
 from orchestration.studies.arms import make_arms
 from orchestration.studies.config import load_study
 from search_spaces.candidate import Candidate, trial_name
-from trainers.paths import RunPaths, TrialPaths
+from trainers.paths import RunPaths, TrialPaths, read_state, write_json_lines, write_state
 
 WIDE = {
     "learning_rate": {"low": 1e-3, "high": 1e-1, "num": 9},
@@ -63,8 +62,8 @@ def end(trial: dict, loss: float, status: str | None = None) -> None:
     paths = TrialPaths(Path(trial["folder"]))
     status = status or ("finished" if math.isfinite(loss) else "diverged")
     row = {"examples": 32, "steps": 4, "eval_loss": loss if math.isfinite(loss) else 9.0}
-    paths.metrics.write_text(json.dumps(row) + "\n")
-    paths.status.write_text(json.dumps({"status": status, "reason": ""}))
+    write_json_lines(paths.metrics, [row])
+    write_state(paths.status, {"status": status, "reason": ""})
 
 
 def valley(at: float, wall: float = math.inf):
@@ -196,7 +195,7 @@ def test_agenda_does_not_take_points_of_another_budget_or_without_an_end(tmp_pat
     for trial in taken[:2]:
         end(trial, 2.0)
     changed = RunPaths(tmp_path / "first").trial(taken[0]["name"]).config
-    changed.write_text(json.dumps(json.loads(changed.read_text()) | {"num_examples": 64}))
+    write_state(changed, read_state(changed) | {"num_examples": 64})
     second = Study(tmp_path / "second", seeds=1, sources=[RunPaths(tmp_path / "first")])
     asked = {t["name"] for t in second.take()}
     assert taken[0]["name"] in asked  # another budget

@@ -14,7 +14,7 @@ from orchestration.studies.findings import findings
 from orchestration.studies.frame import StudyFacts
 from orchestration.studies.report import render
 from search_spaces.candidate import Candidate, trial_name
-from trainers.paths import RunPaths, TrialPaths
+from trainers.paths import RunPaths, TrialPaths, write_json_lines, write_state
 
 BUDGET = 4800
 EVALUATIONS = (0, 1200, 2400, 3600, 4800)
@@ -62,9 +62,9 @@ class Planted:
             for n, x in good
         ]
         status = "finished" if len(good) == len(losses) else "diverged"
-        paths.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        paths.status.write_text(
-            json.dumps({"status": status, "reason": "nan at step 3" * (status != "finished")})
+        write_json_lines(paths.metrics, rows)
+        write_state(
+            paths.status, {"status": status, "reason": "nan at step 3" * (status != "finished")}
         )
 
     def results(self) -> dict:

@@ -22,7 +22,7 @@ from tests.orchestration.sweeps import (
     told,
     wait_until,
 )
-from trainers.paths import read_json
+from trainers.paths import read_json, write_state
 
 
 def study(folder, *arguments: str):
@@ -113,13 +113,12 @@ def test_study_in_a_sweeps_folder_or_another_studys_is_refused(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     sweeps = tmp_path / "runs" / "sweep"
     sweeps.mkdir(parents=True)
-    (sweeps / "resolved.json").write_text('{"config": {}, "versions": {}}')
+    plain = {"config": {}, "versions": {}}
+    write_state(sweeps / "resolved.json", plain)
     assert main(["study", "lr-ratio", "--preset", "smoke", "--name", "sweep"]) == BAD_INPUT
     assert "must be a study's folder or a new one" in capsys.readouterr().err
-    fixed = (
-        '{"config": {}, "versions": {}, "command": "tenfold study rank", "fixed": {"kind": "rank"}}'
-    )
-    (sweeps / "resolved.json").write_text(fixed)
+    fixed = {"command": "tenfold study rank", "fixed": {"kind": "rank"}}
+    write_state(sweeps / "resolved.json", plain | fixed)
     assert main(["study", "lr-ratio", "--preset", "smoke", "--name", "sweep"]) == BAD_INPUT
     assert "must keep its kind (rank -> lr-ratio)" in capsys.readouterr().err
     assert main(["resume", "runs/sweep"]) == BAD_INPUT
@@ -131,7 +130,7 @@ def test_study_in_a_sweeps_folder_or_another_studys_is_refused(tmp_path, monkeyp
 def test_report_of_a_study_is_written_again(tmp_path, capsys):
     (tmp_path / "results.json").write_text(json.dumps(lr_ratio()))
     resolved = {"command": "tenfold study lr-ratio", "fixed": {"kind": "lr-ratio"}}
-    (tmp_path / "resolved.json").write_text(json.dumps(resolved))
+    write_state(tmp_path / "resolved.json", resolved)
     assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     assert lr_ratio()["question"] in (tmp_path / "report.html").read_text()

@@ -10,7 +10,7 @@ import pytest
 
 from trainers.comm import Comm
 from trainers.pack_server import PackServer
-from trainers.paths import TrialPaths, read_json, read_json_lines
+from trainers.paths import TrialPaths, read_json_lines, read_state
 from trainers.sft_trainer import Station, TrialSpec
 
 ALL_INDICES = 99
@@ -106,7 +106,7 @@ class FakeLink:
             self.told.append(Told(copy.deepcopy(event), [], None))
             return
         paths = self.folders[event["trial"]]
-        status = read_json(paths.status) if paths.status.exists() else None
+        status = read_state(paths.status) if paths.status.exists() else None
         self.told.append(Told(copy.deepcopy(event), read_json_lines(paths.metrics), status))
 
     def deadline(self) -> float | None:

@@ -24,9 +24,10 @@ from trainers.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from trainers.comm import Comm
 from trainers.full import unfreeze
 from trainers.gate import GateError, Probe, check_saved
+from trainers.integrity import seal_folder
 from trainers.loop import RunSpec, new_run
 from trainers.pack_server import PackServer
-from trainers.paths import TrialPaths, read_json, read_json_lines
+from trainers.paths import TrialPaths, previous_of, read_json, read_json_lines, read_state
 from trainers.sft_trainer import Station, TrialSpec, train_trial
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -284,7 +285,7 @@ def test_probe_of_rows_without_a_counted_token_leaves_them_out():
 def test_probe_reloaded_on_another_base_is_refused_and_on_its_own_passes(tmp_path):
     first = trained()
     save(first, tmp_path / "saved", probe_loss=Probe(first.trainer).loss(first.runs["a"]))
-    recorded = checkpoint.recorded_probe_loss(tmp_path / "saved")
+    recorded = checkpoint.find_checkpoint(tmp_path / "saved").probe_loss
     for is_same in (True, False):
         model = tiny_model()
         if not is_same:
@@ -322,6 +323,7 @@ def test_gate_checkpoint_that_is_not_whole_is_not_loaded_and_changes_nothing(
 ):
     save(trained(), tmp_path / "saved")
     save_file(spoil(load_file(tmp_path / "saved" / file)), tmp_path / "saved" / file)
+    seal_folder(tmp_path / "saved")  # it is what was written, and yet not such a trial's
     run = Bench(tiny_model()).enter("a")
     before = {name: weights.clone() for name, weights in run.slot.parameters.items()}
     with pytest.raises(GateError, match=message):
@@ -363,7 +365,7 @@ def make(data_file, tmp_path, tiny_folder):
 def assert_failed(spec: TrialSpec, reason: str, examples: int) -> None:
     """What lies in a failed trial's folder."""
     paths = TrialPaths(spec.folder)
-    status = read_json(paths.status)
+    status = read_state(paths.status)
     assert status["status"] == "failed"
     assert reason in status["reason"]
     assert status["examples"] == examples
@@ -418,7 +420,7 @@ def test_d01_member_whose_save_is_empty_fails_and_its_neighbours_go_on(make, mon
     assert slots[0] == ({0}, {"good"})  # the place of the failed one is free
     assert len(link.rows(bad)) == 1
     end = link.end(bad)
-    status = read_json(TrialPaths(bad.folder).status)
+    status = read_state(TrialPaths(bad.folder).status)
     assert (end["status"], end["reason"]) == ("failed", status["reason"])
     assert_failed(bad, "30 are empty", 8)
     for spec in (good, late):
@@ -452,8 +454,10 @@ def test_d01_empty_tensors_in_the_place_of_a_checkpoint_end_the_trial_that_goes_
     spec = make("cut")
     with pytest.raises(Killed):
         train_trial(spec, die)
-    path = TrialPaths(spec.folder).checkpoint / ADAPTER
-    save_file(emptied(load_file(path)), path)
+    folder = TrialPaths(spec.folder).checkpoint
+    for whole in (folder, previous_of(folder)):
+        save_file(emptied(load_file(whole / ADAPTER)), whole / ADAPTER)
+        seal_folder(whole)
     result = train_trial(spec, lambda row: True)
     assert result.status == "failed"
     assert_failed(spec, "must hold all 30 weights of the trial", 0)

@@ -26,7 +26,7 @@ from trainers.paths import (
     remove_folder,
     replace_folder,
     temporary_folder,
-    write_json,
+    write_state,
     write_text,
 )
 from trainers.run_lock import hold_run
@@ -66,7 +66,7 @@ def put_folder(target: Path, **files: str) -> None:
 
 def test_mirror_what_is_written_here_is_read_there(mine, other):
     run, there = RunPaths(mine.root), RunPaths(other.root)
-    write_json(run.plan, {"a": 1})
+    write_state(run.plan, {"a": 1})
     append_text(run.rungs, "one\n")
     append_text(run.rungs, "two\n")
     put_folder(run.trial("t").checkpoint, weights="w")

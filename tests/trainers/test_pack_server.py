@@ -23,7 +23,7 @@ from tests.trainers.trials import CANDIDATE, numbers, trial
 from trainers.base_model import BaseSpec, load_base
 from trainers.comm import Comm
 from trainers.pack_server import PackServer
-from trainers.paths import TrialPaths, read_json, read_json_lines, write_json
+from trainers.paths import TrialPaths, read_json, read_json_lines, read_state, write_json
 from trainers.sft_trainer import Station, TrialSpec, train_trial
 
 
@@ -173,7 +173,7 @@ def test_server_diverging_trial_ends_with_its_reason_and_its_neighbour_goes_on(m
     assert end is not None
     assert end["status"] == "diverged"
     assert "nan" in end["reason"] or "inf" in end["reason"]
-    status = read_json(TrialPaths(bad.folder).status)
+    status = read_state(TrialPaths(bad.folder).status)
     assert (status["status"], status["reason"]) == ("diverged", end["reason"])
     assert link.rows(bad) == []
     assert link.told[-1].event["trial"] == "good"
@@ -246,8 +246,8 @@ def test_server_target_that_the_model_does_not_have_fails_that_trial_alone(
     assert end["status"] == "failed"
     assert target[0] in end["reason"]
     paths = TrialPaths(bad.folder)
-    assert read_json(paths.status)["status"] == "failed"
-    assert read_json(paths.status)["reason"] == end["reason"]
+    assert read_state(paths.status)["status"] == "failed"
+    assert read_state(paths.status)["reason"] == end["reason"]
     assert "Traceback" in paths.error.read_text()
     assert_close(link.rows(good), alone(good))
 
@@ -271,7 +271,7 @@ def test_server_trial_whose_checkpoint_lacks_its_weights_fails_alone_and_leaves_
     server = PackServer(link, Comm(), Station)
     server.serve()
     assert link.end(broken)["status"] == "failed"
-    assert "checkpoint: must hold all" in link.end(broken)["reason"]
+    assert "no checkpoint is whole" in link.end(broken)["reason"]
     assert link.end(good)["status"] == "finished"
     assert slots == [[0]]  # of the good one
 

@@ -10,7 +10,7 @@ import pytest
 from tests.trainers.links import LOOK, FakeLink, Killed, allow, enter, serve
 from tests.trainers.trials import CANDIDATE, numbers, trial
 from trainers.base_model import BaseSpec
-from trainers.checkpoint import checkpoint_examples
+from trainers.checkpoint_folder import checkpoint_examples
 from trainers.paths import TrialPaths, read_json, read_json_lines, write_json
 from trainers.preemption import LEAVE_MARGIN_S, Notice
 from trainers.sft_trainer import TrialSpec, train_trial

@@ -11,8 +11,9 @@ from tests.trainers.packs import RUNS, Bench
 from tests.trainers.tiny import tiny_model
 from tests.trainers.trials import numbers, trial
 from trainers.checkpoint import load_checkpoint
+from trainers.checkpoint_folder import find_checkpoint
 from trainers.gate import Probe
-from trainers.paths import TrialPaths, read_json, read_json_lines
+from trainers.paths import TrialPaths, read_json, read_json_lines, read_state
 from trainers.recorder import Recorder
 
 RUN = replace(RUNS["a"], learning_rate=3e-2, num_examples=18, eval_every=6)
@@ -22,11 +23,11 @@ def attempt(folder: Path, report=lambda row: True) -> None:
     """Trains three steps with an evaluation after each, from the folder's checkpoint on."""
     bench, paths = Bench(tiny_model()), TrialPaths(folder)
     run = bench.enter("b", RUN)
-    load_checkpoint(run, paths.checkpoint)
+    checkpoint = load_checkpoint(run, paths.checkpoint)
     if run.examples >= RUN.num_examples:
         run.status = "finished"
     spec = trial(folder / "no data", folder)
-    recorder = Recorder(spec, Probe(bench.trainer), paths, report, examples=run.examples)
+    recorder = Recorder(spec, Probe(bench.trainer), paths, report, checkpoint)
     bench.trainer.run([run], recorder)
     recorder.finish(run)
 
@@ -36,7 +37,7 @@ def outcome(folder: Path):
     weights = [
         (at / "adapter_model.safetensors").read_bytes() for at in (paths.best, paths.checkpoint)
     ]
-    return numbers(read_json_lines(paths.metrics)), weights, read_json(paths.status)
+    return numbers(read_json_lines(paths.metrics)), weights, read_state(paths.status)
 
 
 class Moves:
@@ -83,6 +84,7 @@ def test_recorder_row_that_was_told_is_on_disk_with_its_checkpoint(tmp_path):
     def report(row) -> bool:
         told.append(row)
         assert read_json_lines(TrialPaths(tmp_path).metrics) == told
+        assert find_checkpoint(TrialPaths(tmp_path).checkpoint).rows == told
         state = read_json(TrialPaths(tmp_path).checkpoint / "trainer_state.json")
         assert state["examples"] == row["examples"]
         return True
@@ -102,7 +104,7 @@ def test_recorder_worse_evaluation_keeps_the_best_weights(tmp_path):
         return True
 
     spec = trial(tmp_path / "no data", tmp_path)
-    recorder = Recorder(spec, Probe(bench.trainer), paths, report, examples=0)
+    recorder = Recorder(spec, Probe(bench.trainer), paths, report, None)
     bench.trainer.run([run], recorder)
     losses = [row["eval_loss"] for row in recorder.trained_rows]
     assert losses[0] > min(losses) < losses[-1]

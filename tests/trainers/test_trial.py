@@ -15,7 +15,7 @@ from tests.trainers.trials import BASE, CANDIDATE, ROOT, numbers, trial
 from trainers.base_model import BaseSpec, load_base, nf4_layer_names, true_num_params
 from trainers.comm import Comm
 from trainers.data.spec import DataSpec
-from trainers.paths import TrialPaths, read_json
+from trainers.paths import TrialPaths, read_state
 from trainers.sft_trainer import Station, TrialSpec, train_trial
 
 
@@ -31,7 +31,7 @@ def test_trial_nf4_trains_on_4bit_layers_and_records_every_evaluation(data_file,
     assert result.status == "finished"
     assert result.rows[-1]["eval_loss"] < result.rows[0]["eval_loss"] - 0.5
     paths = TrialPaths(spec.folder)
-    assert read_json(paths.status) == {
+    assert read_state(paths.status) == {
         "status": "finished",
         "reason": "",
         "examples": 44,
@@ -40,6 +40,7 @@ def test_trial_nf4_trains_on_4bit_layers_and_records_every_evaluation(data_file,
     assert sorted(path.name for path in paths.best.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "checksums.json",
     ]
 
 

@@ -1,0 +1,132 @@
+"""A trial whose files on disk are damaged: it goes on from the checkpoint before, says so, and ends in the numbers
+of an undisturbed one."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.trainers.links import FakeLink, enter
+from tests.trainers.trials import CANDIDATE, numbers, trial
+from trainers.base_model import BaseSpec
+from trainers.comm import Comm
+from trainers.integrity import CHECKSUMS, check_folder, sound_rows
+from trainers.pack_server import PackServer
+from trainers.paths import TrialPaths, previous_of, read_json_lines, read_state
+from trainers.sft_trainer import Station, TrialSpec, recorded_rows, train_trial
+
+FILES = ("adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json", CHECKSUMS)
+
+
+class Killed(Exception):
+    pass
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def removed(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.fixture
+def make(data_file, tmp_path, tiny_folder):
+    """make(name): a trial with evaluations after 0, 4, 8 and 12 examples."""
+
+    def made(name: str) -> TrialSpec:
+        base = BaseSpec(model=tiny_folder, quantization="none", dtype="fp64")
+        candidate = replace(CANDIDATE, global_batch_size=4)
+        own = {"num_examples": 12, "eval_every": 4, "base": base, "candidate": candidate}
+        return trial(data_file, tmp_path / name, **own)
+
+    return made
+
+
+@pytest.fixture
+def whole(make):
+    return numbers(train_trial(make("whole"), lambda row: True).rows)
+
+
+def killed_at_8(spec: TrialSpec) -> TrialPaths:
+    """A trial that died with checkpoints of 8 and, before it, of 4 examples."""
+
+    def die(row) -> bool:
+        if row["examples"] == 8:
+            raise Killed
+        return True
+
+    with pytest.raises(Killed):
+        train_trial(spec, die)
+    paths = TrialPaths(spec.folder)
+    check_folder(paths.checkpoint)
+    check_folder(previous_of(paths.checkpoint))
+    return paths
+
+
+@pytest.mark.parametrize("spoil", [truncated, flipped, emptied, removed])
+@pytest.mark.parametrize("file", FILES)
+def test_damage_of_the_last_checkpoint_the_one_before_is_taken_and_said(make, whole, file, spoil):
+    spec = make(f"{file} {spoil.__name__}")
+    paths = killed_at_8(spec)
+    spoil(paths.checkpoint / file)
+    assert [row["examples"] for row in recorded_rows(spec)] == [4]
+    told = []
+    result = train_trial(spec, lambda row: told.append(row["examples"]) is None)
+    assert result.status == "finished"
+    assert told == [8, 12]  # not from scratch
+    assert numbers(read_json_lines(paths.metrics)) == whole
+    (note,) = [row["note"] for row in read_json_lines(paths.notes)]
+    assert note.startswith(f"{paths.checkpoint / file}: ")
+    assert note.endswith("; the checkpoint before it is taken, of 4 examples")
+    check_folder(paths.checkpoint)
+    check_folder(paths.best)
+    assert not previous_of(paths.checkpoint).exists()
+
+
+@pytest.mark.parametrize("spoil", [truncated, flipped, emptied])
+def test_damage_of_the_metrics_the_checkpoint_s_rows_are_taken_and_said(make, whole, spoil):
+    spec = make(f"metrics {spoil.__name__}")
+    paths = killed_at_8(spec)
+    spoil(paths.metrics)
+    _, damaged = sound_rows(paths.metrics)
+    assert train_trial(spec, lambda row: True).status == "finished"
+    assert numbers(read_json_lines(paths.metrics)) == whole
+    assert len(read_json_lines(paths.notes)) == len(damaged) == (spoil is not emptied)
+
+
+def test_damage_of_both_checkpoints_fails_the_trial_and_no_neighbour(make, whole):
+    bad, good = make("bad"), make("good")
+    paths = killed_at_8(bad)
+    for folder in (paths.checkpoint, previous_of(paths.checkpoint)):
+        flipped(folder / "optimizer.safetensors")
+    link = FakeLink([enter(bad), enter(good)])
+    PackServer(link, Comm(), Station).serve()
+    assert link.end(bad)["status"] == "failed"
+    assert link.end(bad)["reason"].startswith("no checkpoint is whole: ")
+    assert link.end(bad)["reason"].count("its SHA-256 is not the one that was written down") == 2
+    assert read_state(paths.status)["status"] == "failed"
+    assert link.end(good)["status"] == "finished"
+    losses = [row["eval_loss"] for row in link.rows(good)]
+    assert losses == pytest.approx([row["eval_loss"] for row in whole[1:]], abs=1e-9)
+
+
+def test_damage_that_took_every_checkpoint_away_is_said_before_the_trial_begins_again(make, whole):
+    spec = make("gone")
+    paths = killed_at_8(spec)
+    for folder in (paths.checkpoint, previous_of(paths.checkpoint)):
+        folder.rename(folder.with_name(f"{folder.name} elsewhere"))
+    train_trial(spec, lambda row: True)
+    assert numbers(read_json_lines(paths.metrics)) == whole
+    notes = [row["note"] for row in read_json_lines(paths.notes)]
+    assert notes == ["no checkpoint is left; the trial begins again"]
