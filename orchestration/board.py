@@ -6,17 +6,15 @@ result is being judged, but is evaluated again only when that is asked for, so i
 one rung ahead of its scheduler.
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SHARED_CRASHES = 2
-"""Worker deaths that a trial may share with its neighbours; after these it gets a group for itself, so
-that the one that kills its workers is found."""
+from orchestration.suspects import Blame, accuse
+
 MAX_STARTS = 3
 """Starts in a row of a group that never became ready, after which it is given up."""
-MAX_CRASHES = 4
-"""Worker deaths after which a trial has failed. A node that was taken away is none: see pool.PREEMPTIONS."""
 GROUP_WAIT_S = 600.0
 """How long a group may be without workers before it counts as lost. Clouds replace a node in two to five
 minutes."""
@@ -36,7 +34,7 @@ class Entry:
     last_index: int | None = None
     ended: dict[str, str] | None = None
     group: str | None = None
-    crashes: int = 0
+    blame: Blame = field(default_factory=Blame)
 
     @property
     def name(self) -> str:
@@ -48,14 +46,9 @@ class Entry:
         return repr([sorted(self.trial[part].items()) for part in ("base", "data")])
 
     @property
-    def suspect(self) -> bool:
-        """Whether its next death must be nobody else's."""
-        return self.crashes >= SHARED_CRASHES
-
-    @property
-    def exclusive(self) -> bool:
-        """Whether it needs a group for itself."""
-        return self.trial["candidate"]["full_finetune"] or self.suspect
+    def full(self) -> bool:
+        """Whether it trains the base itself, and so needs a group for itself."""
+        return self.trial["candidate"]["full_finetune"]
 
 
 @dataclass
@@ -100,6 +93,7 @@ class Board:
         self.absent: dict[str, float] = {}
         """Groups without workers, and since when (UNIX time; of a leaving group, from when on)."""
         self.stopping = False
+        self.cohorts = itertools.count(1)
 
     def enlist(self, trials: Iterable[tuple[dict[str, Any], int]]) -> None:
         """Puts trials into the queue in the order in which Tune will start them, each with the evaluation
@@ -201,18 +195,28 @@ class Board:
         self._replace(group, Group("", {}, lost=reason))
         self._assign()
 
-    def gone(self, name: str, now: float, *, preempted: bool = False) -> None:
+    def gone(
+        self,
+        name: str,
+        now: float,
+        *,
+        preempted: bool = False,
+        deaths: Mapping[str, str] | None = None,
+    ) -> None:
         """A group has no workers (yet, or any more); its trials need not wait until it has.
 
         Args:
             now: UNIX time.
             preempted: it lost them because its node was taken away.
+            deaths: groups whose own workers died, and of what; others of the same run were ended with them.
+                None: nobody knows.
         """
         self.absent[name] = min(now, self.absent.get(name, now))
         group = self.groups.get(name)
         if group and group.incarnation:
-            group.leaving |= preempted
-            self._replace(name, Group("", group.info))
+            is_innocent = preempted or (deaths is not None and name not in deaths)
+            group.leaving |= is_innocent
+            self._replace(name, Group("", group.info), (deaths or {}).get(name, ""))
             self._assign()
 
     def expire(self, now: float) -> None:
@@ -228,18 +232,17 @@ class Board:
                 )
                 self.absent[name] = since  # Ray Train still waits for a node
 
-    def _replace(self, name: str, group: Group) -> None:
+    def _replace(self, name: str, group: Group, how: str = "") -> None:
         old = self.groups.get(name)
         self.groups[name] = group
-        for entry in reversed(old.trials if old else []):
+        if old is None:
+            return
+        if not old.leaving:
+            accuse([entry.blame for entry in old.trials], how, self.cohorts)
+        for entry in reversed(old.trials):
             entry.group = None
-            if old and not old.leaving:
-                entry.crashes += 1
-            if entry.crashes >= MAX_CRASHES:
-                reason = (
-                    f"its worker died {entry.crashes} times, at last with no other trial beside it"
-                )
-                entry.ended = {"status": "failed", "reason": reason}
+            if entry.blame.is_guilty:
+                entry.ended = {"status": "failed", "reason": entry.blame.reason}
             else:
                 self.queue.insert(0, entry)
 
@@ -269,6 +272,8 @@ class Board:
         for event in events:
             entry = self.entries[event["trial"]]
             if event["kind"] == "row":
+                if event["index"] not in entry.rows:
+                    entry.blame.clear()
                 entry.rows[event["index"]] = event["row"]
                 if event["last"]:
                     entry.last_index = event["index"]
@@ -311,30 +316,48 @@ class Board:
         self.queue.insert(0, entry)
 
     def _assign(self) -> None:
+        self._make_room()
         for entry in list(self.queue):
             rooms = [
                 (len(g.trials), name) for name, g in self.groups.items() if self._fits(entry, g)
             ]
             if rooms:
                 self._give(entry, min(rooms)[1])
-            elif entry.exclusive:
+            elif entry.full or entry.blame.cohort:
                 return  # those behind it would keep every group busy for ever
+
+    def _make_room(self) -> None:
+        """Ends the wait of suspects for a group without others: the one with the fewest trials gives them up.
+        They lose what they did since their last evaluation, and a pack gets its places back much sooner."""
+        groups = self.groups.values()
+        away = len(groups) < self.num_groups or any(
+            not g.incarnation and not g.lost for g in groups
+        )
+        inside = [entry for group in groups for entry in group.trials]
+        suspects = list(itertools.takewhile(lambda entry: entry.blame.cohort, self.queue))
+        if not suspects or away or any(entry.blame.cohort for entry in inside):
+            return
+        open_groups = [group for group in groups if group.incarnation and not group.leaving]
+        least = min(open_groups, key=lambda group: len(group.trials), default=None)
+        if least is None or not self.places:
+            return
+        for entry in reversed(least.trials):
+            least.commands.append({"kind": "cancel", "trial": entry.name})
+            entry.group = None
+            self.queue.insert(len(suspects), entry)
+        least.trials.clear()
 
     def _fits(self, entry: Entry, group: Group) -> bool:
         if not group.incarnation or group.leaving or not self.places:
             return False
-        if self.one_run and self._shares_a_suspects_fate(entry):
-            return False
         if not group.trials:
             return True
-        if entry.exclusive or any(other.exclusive for other in group.trials):
+        if any(one.full for one in (entry, *group.trials)):
+            return False
+        if any(other.blame.cohort != entry.blame.cohort for other in group.trials):
             return False
         same = group.trials[0].pack_key == entry.pack_key
         return same and len(group.trials) < self.places
-
-    def _shares_a_suspects_fate(self, entry: Entry) -> bool:
-        others = [other for group in self.groups.values() for other in group.trials]
-        return bool(others) and any(one.suspect for one in (entry, *others))
 
     def _give(self, entry: Entry, name: str) -> None:
         self.queue.remove(entry)

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from typing import Any
 
 from orchestration.board import GROUP_WAIT_S, STOP, Board
@@ -17,6 +18,7 @@ class Broker:
     def __init__(self, num_groups: int, one_run: bool, wait_s: float = GROUP_WAIT_S) -> None:
         self.board = Board(num_groups, one_run=one_run, wait_s=wait_s)
         self.controllers: dict[str, Any] = {}
+        self.num_hellos: Counter[str] = Counter()
         self.changed = asyncio.Condition()
 
     async def _notify(self) -> None:
@@ -57,7 +59,12 @@ class Broker:
     async def hello(self, group: str, incarnation: str, info: dict[str, Any]) -> None:
         """See Board.hello."""
         self.board.hello(group, incarnation, info)
+        self.num_hellos[group] += 1
         await self._notify()
+
+    async def num_ready(self, groups: list[str]) -> int:
+        """How often workers of these groups were ready, over all their starts."""
+        return sum(self.num_hellos[name] for name in groups)
 
     async def lose(self, group: str, reason: str) -> None:
         """See Board.lose."""
@@ -65,11 +72,15 @@ class Broker:
         await self._notify()
 
     async def gone(
-        self, groups: list[str], preempted: bool = False, controller: Any = None
+        self,
+        groups: list[str],
+        preempted: bool = False,
+        controller: Any = None,
+        deaths: dict[str, str] | None = None,
     ) -> None:
         """See Board.gone. controller: the actor that waits for room for their next workers."""
         for name in groups:
-            self.board.gone(name, time.time(), preempted=preempted)
+            self.board.gone(name, time.time(), preempted=preempted, deaths=deaths)
             self.controllers[name] = controller
         await self._notify()
 
@@ -119,7 +130,7 @@ class Broker:
 
     async def deaths(self) -> dict[str, int]:
         """Worker deaths of each trial that count against it."""
-        return {name: entry.crashes for name, entry in self.board.entries.items()}
+        return {name: entry.blame.deaths for name, entry in self.board.entries.items()}
 
     async def _changed_before(self, deadline: float) -> bool:
         left = deadline - asyncio.get_running_loop().time()

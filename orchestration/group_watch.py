@@ -29,9 +29,15 @@ class GroupWatch(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         broker = ray.get_actor(**self.broker)
         controller = ray.get_runtime_context().current_actor
-        gone = broker.gone.remote(self.groups, was_preempted(worker_exceptions), controller)
+        preempted, deaths = was_preempted(worker_exceptions), self._deaths(worker_exceptions)
+        gone = broker.gone.remote(self.groups, preempted, controller, deaths)
         ray.get(gone)  # before the next workers begin
         require_alive(broker, "the sweep that they worked for")
+
+    def _deaths(self, errors: Mapping[int, BaseException]) -> dict[str, str]:
+        """Group -> what its workers died of. Groups that share a run have a worker each."""
+        shared = len(self.groups) > 1
+        return {self.groups[rank if shared else 0]: how_it_died(errors[rank]) for rank in errors}
 
 
 class TrialWatch(UserCallback):
@@ -60,6 +66,14 @@ def require_alive(actor: Any, what: str) -> None:
         ray.get(ready)
     except RayActorError as error:
         raise ValueError(f"no new workers: {what} has ended") from error
+
+
+def how_it_died(error: BaseException) -> str:
+    """A worker's death in one line, as Ray knows it."""
+    cause = getattr(error, "health_check_failure", error)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    telling = [line for line in lines if "Error" in line or "exit" in line.lower()]
+    return f"{type(cause).__name__}: {(telling or lines or [''])[-1]}"[:300]
 
 
 def was_preempted(errors: Mapping[int, BaseException]) -> bool:

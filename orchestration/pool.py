@@ -4,6 +4,7 @@ The groups run in threads of the driver: when the driver dies, Ray ends them wit
 resume` starts new ones.
 """
 
+import itertools
 import os
 import threading
 import time
@@ -19,10 +20,10 @@ MAX_WAITING_TRIALS = 1000
 GROUP_RESTARTS = -1
 """Train restarts a group whose worker died without limit; the board ends the trial that causes it."""
 START_FAILURES = 2
-"""Starts in which no node had room or the workers died before they ran, over the life of a group."""
+"""Starts in which no node had room or the workers died before they ran, over the life of a Train run. A run that
+served in between is followed by another."""
 PREEMPTIONS = 100
-"""Nodes that may be taken away from a group: it costs no trial more than the seconds since a save. A group
-that lost a hundred mostly loads the base, and its user should know."""
+"""Nodes that may be taken away from a Train run: it costs no trial more than the seconds since a save."""
 POLL_S = 0.2
 START_GRACE_S = 10.0
 """How long the end of a sweep waits for groups whose workers may be starting; the others end within 2 s."""
@@ -109,18 +110,25 @@ class Pool:
         ray.kill(self.broker)
 
     def _run_groups(self, groups: list[str]) -> None:
-        """One Ray Train run, from start to end."""
+        """Ray Train runs, one after the other as long as each one served: their limits on failed starts and
+        preemptions count over a run's whole life, and a pool that lives for days must not use them up."""
         import ray
 
-        try:
-            self._trainer(groups).fit()
-            reason = "it was told to stop"
-        except Exception as error:  # the boundary of a thread: the trials must hear of any end
-            reason = _telling_line(error)
-        if not self.ending:
-            ray.get([self.broker.lose.remote(name, reason) for name in groups])
+        for number in itertools.count():
+            served = ray.get(self.broker.num_ready.remote(groups))
+            try:
+                self._trainer(groups, f"{groups[0]}-{number}").fit()
+                reason = "it was told to stop"
+            except Exception as error:  # the boundary of a thread: the trials must hear of any end
+                reason = _telling_line(error)
+            if self.ending:
+                return
+            if ray.get(self.broker.num_ready.remote(groups)) == served:
+                ray.get([self.broker.lose.remote(name, reason) for name in groups])
+                return
+            ray.get(self.broker.gone.remote(groups))
 
-    def _trainer(self, groups: list[str]) -> Any:
+    def _trainer(self, groups: list[str], name: str) -> Any:
         import ray.train
         from ray.train.torch import TorchTrainer
 
@@ -145,7 +153,7 @@ class Pool:
                 resources_per_worker=resources,
             ),
             run_config=ray.train.RunConfig(
-                name=groups[0],
+                name=name,
                 storage_path=self.storage,
                 callbacks=[GroupWatch(self.address, groups)],
                 failure_config=ray.train.FailureConfig(

@@ -1,13 +1,15 @@
 """The board between trials and groups: who gets which place, and what everyone is told."""
 
 import asyncio
+import math
 import random
 from collections.abc import Callable
 
 import pytest
 
-from orchestration.board import MAX_CRASHES, MAX_STARTS, SHARED_CRASHES, STOP, Board
+from orchestration.board import MAX_STARTS, STOP, Board
 from orchestration.broker import Broker
+from orchestration.suspects import MAX_DEATHS, SHARED_DEATHS
 from trainers.metrics import DIVERGED_LOSS
 
 BASE = {"model": "base", "quantization": "nf4"}
@@ -469,7 +471,7 @@ def test_hello_after_a_death_lets_its_trials_in_again_first_and_in_their_order()
     die(board, "g", "second")
     assert told(board, "g") == [enter("a", 1), enter("b")]
     assert waiting(board) == ["c", "d"]
-    assert [board.entries[name].crashes for name in "abcd"] == [1, 1, 0, 0]
+    assert [board.entries[name].blame.deaths for name in "abcd"] == [1, 1, 0, 0]
 
 
 def test_begin_after_a_death_gives_the_trials_to_others_before_the_base_is_loaded_again():
@@ -506,7 +508,7 @@ def test_begin_after_a_death_lets_nobody_into_the_group_that_loads():
     assert placed(board) == {"g": []}
     board.hello("g", "second", {})
     assert told(board, "g") == [enter("a"), enter("b")]
-    assert [board.entries[name].crashes for name in "ab"] == [1, 0]
+    assert [board.entries[name].blame.deaths for name in "ab"] == [1, 0]
 
 
 def test_is_current_is_true_of_the_living_workers_alone():
@@ -532,40 +534,99 @@ def test_commands_for_dead_workers_are_not_told_to_the_new_ones():
     assert told(board, "g") == [enter("a", 1)]
 
 
-def test_trial_that_shared_deaths_gets_a_group_for_itself():
-    board = board_of("g", places=3)
-    ask_all(board, "a", "b", "c")
-    for number in range(SHARED_CRASHES):
-        assert placed(board) == {"g": ["a", "b", "c"]}
+def test_pack_that_died_twice_is_parted_and_each_half_has_a_group_for_itself():
+    board = board_of("g", places=4)
+    ask_all(board, "a", "b", "c", "d")
+    for number in range(SHARED_DEATHS):
+        assert placed(board) == {"g": ["a", "b", "c", "d"]}
         die(board, "g", f"after {number}")
+    assert placed(board) == {"g": ["a", "b"]}
+    ask_all(board, "e")  # it may share, but those before it must come to their turn
+    die(board, "g", "once more")
     assert placed(board) == {"g": ["a"]}
-    ask_all(board, "d")  # it may share, but those before it must come to their turn
-    board.hear([end_event("a")])
-    assert placed(board) == {"g": ["b"]}
-    board.hear([end_event("b")])
-    assert placed(board) == {"g": ["c"]}
-    board.hear([end_event("c")])
-    assert placed(board) == {"g": ["d"]}
+    assert waiting(board) == ["b", "c", "d", "e"]
 
 
-def test_trial_that_kills_its_workers_fails_alone_and_the_others_go_on():
-    board = board_of("g", places=3)
-    ask_all(board, "a", "killer", "c")
-    deaths = 0
-    while board.entries["killer"].ended is None:
-        if "killer" in placed(board)["g"]:
-            deaths += 1
-            die(board, "g", f"after {deaths}")
-        else:
-            (alone,) = placed(board)["g"]
-            board.hear([end_event(alone)])
-    assert deaths == MAX_CRASHES
-    answer = board.answer("killer", 0)
-    assert answer is not None
-    assert answer["ended"]["status"] == "failed"
-    assert f"its worker died {MAX_CRASHES} times" in answer["ended"]["reason"]
-    assert placed(board) == {"g": ["c"]}
-    assert board.entries["c"].crashes == SHARED_CRASHES  # no more than it shared
+def test_half_that_comes_to_its_next_evaluations_is_cleared_and_makes_room_for_the_other():
+    board = board_of("g", places=4)
+    ask_all(board, "a", "b", "c", "d", "e")
+    for number in range(SHARED_DEATHS):
+        die(board, "g", f"after {number}")
+    told(board, "g")
+    board.hear([row_event("a", 0)])
+    assert placed(board) == {"g": ["a", "b"]}  # b must show it too
+    board.hear([row_event("b", 0)])
+    assert placed(board) == {"g": ["c", "d"]}
+    assert told(board, "g") == [
+        ("cancel", "b", None),
+        ("cancel", "a", None),
+        enter("c"),
+        enter("d"),
+    ]
+    assert waiting(board) == ["a", "b", "e"]
+    board.hear([row_event("c", 0), end_event("d")])
+    assert placed(board) == {"g": ["c", "a", "b", "e"]}  # nobody is under suspicion any more
+    assert [entry.blame.deaths for entry in board.entries.values()] == [0, 0, 0, SHARED_DEATHS, 0]
+
+
+def test_half_that_waits_takes_no_group_while_another_may_come_back_empty():
+    board = board_of("g", "h", places=2)
+    ask_all(board, "a", "b", "c", "d")  # a and c in g
+    for number in range(SHARED_DEATHS):
+        board.gone("g", 0.0, deaths={"g": "SIGKILL"})
+        if number == 0:
+            ready(board, "g", f"after {number}")
+    assert placed(board) == {"g": [], "h": ["b", "d"]}
+    ready(board, "g", "at last")
+    assert placed(board) == {"g": ["a"], "h": ["b", "d"]}
+    assert waiting(board) == ["c"]
+    board.hear([row_event("a", 0)])
+    assert placed(board) == {"g": ["c"], "h": ["b", "d"]}
+    assert waiting(board) == ["a"]
+
+
+@pytest.mark.parametrize("size", range(1, 10))
+def test_trial_that_kills_its_workers_fails_alone_and_the_others_go_on(size):
+    for culprit in range(size):
+        board = board_of("g", places=size)
+        names = [f"t{number}" for number in range(size)]
+        killer = names[culprit]
+        ask_all(board, *names)
+        others = [name for name in names if name != killer]
+        deaths = steps = 0
+        while not board.entries[killer].ended or sorted(placed(board)["g"]) != others:
+            steps += 1
+            assert steps < 40
+            inside = placed(board)["g"]
+            if killer in inside:
+                deaths += 1
+                board.gone("g", 0.0, deaths={"g": "exit code 139"})
+                ready(board, "g", f"after {deaths}")
+                continue
+            for name in inside:  # they come to their next evaluations
+                index = len(board.entries[name].rows)
+                board.ask(trial(name), index)
+                board.hear([row_event(name, index)])
+        assert deaths <= max(MAX_DEATHS, SHARED_DEATHS + math.ceil(math.log2(size)) + 1)
+        answer = board.answer(killer, 0)
+        assert answer is not None
+        assert answer["ended"]["status"] == "failed"
+        assert f"its worker died {deaths} times" in answer["ended"]["reason"]
+        assert answer["ended"]["reason"].endswith("the last time: exit code 139")
+        assert [name for name in others if board.entries[name].ended] == []
+
+
+def test_deaths_that_no_trial_causes_add_up_to_nothing():
+    board = board_of("g", places=2)
+    ask_all(board, "a", "b")
+    for number in range(50):  # a worker dies between any two evaluations of both
+        board.gone("g", 0.0, deaths={"g": "SIGKILL"})
+        ready(board, "g", f"after {number}")
+        for name in ("a", "b"):
+            board.ask(trial(name), number + 1)
+            board.hear([row_event(name, number)])
+    assert placed(board) == {"g": ["a", "b"]}
+    assert [entry.ended for entry in board.entries.values()] == [None, None]
 
 
 def test_begin_more_often_than_the_limit_gives_the_group_up():
@@ -621,7 +682,18 @@ def test_one_run_death_of_a_worker_counts_once_for_every_trial_and_keeps_their_o
     board.begin("g", "second")  # of the same death
     board.hello("g", "second", {})
     assert placed(board) == {"g": ["b", "d"], "h": ["a", "c"]}
-    assert [board.entries[name].crashes for name in "abcde"] == [1, 1, 1, 1, 0]
+    assert [board.entries[name].blame.deaths for name in "abcde"] == [1, 1, 1, 1, 0]
+
+
+def test_one_run_death_of_one_group_s_worker_is_laid_to_its_own_trials_alone():
+    board = board_of("g", "h", places=1, one_run=True)
+    ask_all(board, "a", "b")
+    for name in ("g", "h"):  # Ray Train ends both, and says whose worker died
+        board.gone(name, 0.0, deaths={"h": "SIGKILL"})
+    assert [board.entries[name].blame.deaths for name in "ab"] == [0, 1]
+    for name in ("g", "h"):
+        ready(board, name, "second")
+    assert placed(board) == {"g": ["b"], "h": ["a"]}
 
 
 def test_one_run_group_that_still_loads_does_not_hide_the_next_death_of_the_other():
@@ -630,12 +702,9 @@ def test_one_run_group_that_still_loads_does_not_hide_the_next_death_of_the_othe
     ready(board, "g", "second")
     assert placed(board)["g"] == ["a"]
     ready(board, "g", "third")
-    assert [board.entries[name].crashes for name in "ab"] == [2, 1]
+    assert [board.entries[name].blame.deaths for name in "ab"] == [2, 1]
     ready(board, "h", "third")
-    # Nobody may train beside a, which might be the one that kills the workers.
-    assert placed(board) == {"g": ["a"], "h": []}
-    board.hear([end_event("a")])
-    assert sorted(placed(board).values()) == [[], ["b"]]
+    assert placed(board) == {"g": ["a"], "h": ["b"]}
 
 
 def test_one_run_group_that_died_while_it_loaded_does_not_bury_the_others_of_the_next_start():
@@ -656,16 +725,14 @@ def test_one_run_trial_that_kills_its_worker_fails_alone_and_takes_no_other_with
     ask_all(board, "killer", "b", "c")
     deaths = 0
     while board.entries["killer"].ended is None:
-        inside = [name for names in placed(board).values() for name in names]
-        if "killer" in inside:
-            deaths += 1
-            for group in ("g", "h"):
-                ready(board, group, f"after {deaths}")
-        else:
-            board.hear([end_event(inside[0])])
-    assert deaths == MAX_CRASHES
-    failed = [name for name, entry in board.entries.items() if entry.crashes >= MAX_CRASHES]
-    assert failed == ["killer"]
+        (where,) = (name for name, names in placed(board).items() if "killer" in names)
+        deaths += 1
+        for group in ("g", "h"):
+            board.gone(group, 0.0, deaths={where: "SIGKILL"})
+        for group in ("g", "h"):
+            ready(board, group, f"after {deaths}")
+    assert deaths == MAX_DEATHS
+    assert [board.entries[name].blame.deaths for name in "bc"] == [0, 0]
 
 
 # Who may share a group
@@ -734,6 +801,7 @@ class Sweep:
         self.begun: dict[str, int] = {}
         self.living: dict[str, str] = {}
         self.put_off: set[str] = set()
+        self.cleared: set[str] = set()
 
     def _kind(self) -> dict:
         other = [{"base": BASE | {"model": "another"}}, {"full": True}]
@@ -774,6 +842,7 @@ class Sweep:
             return
         entry = self.rng.choice(self._inside())
         if len(entry.rows) <= entry.asked:
+            self.cleared.add(entry.name)
             self.board.hear([row_event(entry.name, len(entry.rows))])
         elif self.rng.random() < 0.5:
             status = self.rng.choice(["finished", "diverged", "failed"])
@@ -827,9 +896,9 @@ class Sweep:
             assert len(group.trials) <= self.places
             assert not (group.lost and group.trials)
             assert len({self._sort(entry.name) for entry in group.trials}) <= 1
-            alone = [entry for entry in group.trials if self._needs_itself(entry)]
+            alone = [entry for entry in group.trials if "full" in self.kinds[entry.name]]
             assert not alone or len(group.trials) == 1
-        assert not self._suspects() or len(self._inside()) == 1
+            self._check_cohort(group)
         inside = [entry.name for entry in self._inside()]
         queue = waiting(self.board)
         ended = [name for name, entry in self.board.entries.items() if entry.ended]
@@ -843,28 +912,27 @@ class Sweep:
     def _inside(self) -> list:
         return [entry for group in self.board.groups.values() for entry in group.trials]
 
-    def _suspects(self) -> list:
-        """Trials beside which no group of the same run may train another."""
-        inside = self._inside() if self.one_run else []
-        return [entry for entry in inside if entry.crashes >= SHARED_CRASHES]
-
-    def _needs_itself(self, entry) -> bool:
-        return "full" in self.kinds[entry.name] or entry.crashes >= SHARED_CRASHES
+    def _check_cohort(self, group) -> None:
+        """Who is under suspicion has none beside it but those that are so for the same deaths, and those of
+        them that were cleared since."""
+        cohorts = {entry.blame.cohort for entry in group.trials} - {0}
+        assert len(cohorts) <= 1
+        innocent = {entry.name for entry in group.trials if not entry.blame.cohort}
+        assert not cohorts or innocent <= self.cleared
 
     def _check_that_nobody_waits_in_vain(self) -> None:
         ready = [g for g in self.board.groups.values() if g.incarnation and not g.leaving]
-        if self._suspects():
-            return  # all wait for its end
         for entry in self.board.queue:
-            if self.one_run and entry.crashes >= SHARED_CRASHES and self._inside():
-                return
+            needs_itself = "full" in self.kinds[entry.name] or entry.blame.cohort
             for group in ready:
                 assert group.trials, f"{entry.name} waits, and a group is empty"
-                shares = not any(self._needs_itself(other) for other in group.trials)
-                same = self._sort(group.trials[0].name) == self._sort(entry.name)
-                room = len(group.trials) < self.places
-                assert self._needs_itself(entry) or not (shares and same and room)
-            if self._needs_itself(entry):
+                others = group.trials
+                same = self._sort(others[0].name) == self._sort(entry.name)
+                full = any("full" in self.kinds[e.name] for e in (entry, *others))
+                cohort = all(e.blame.cohort == entry.blame.cohort for e in others)
+                room = len(others) < self.places
+                assert not (same and cohort and room and not full)
+            if needs_itself:
                 return  # whoever stands behind it waits for it
 
 

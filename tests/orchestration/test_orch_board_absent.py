@@ -4,9 +4,10 @@ import asyncio
 
 import pytest
 
-from orchestration.board import DEADLINE_GRACE_S, MAX_CRASHES, MAX_STARTS, Board
+from orchestration.board import DEADLINE_GRACE_S, MAX_STARTS, Board
 from orchestration.broker import Broker
-from orchestration.group_watch import was_preempted
+from orchestration.group_watch import how_it_died, was_preempted
+from orchestration.suspects import MAX_DEATHS
 from tests.orchestration.test_orch_board import (
     ask_all,
     board_of,
@@ -25,7 +26,7 @@ NOW, WAIT_S = 1000.0, 60.0
 
 
 def crashes(board: Board) -> dict[str, int]:
-    return {name: entry.crashes for name, entry in board.entries.items()}
+    return {name: entry.blame.deaths for name, entry in board.entries.items()}
 
 
 def preempt(board: Board, group: str, deadline: float = NOW + 30) -> None:
@@ -160,7 +161,7 @@ def test_preempted_group_gives_its_trials_back_and_no_death_is_counted():
 def test_preempted_as_often_as_one_likes_is_no_failure():
     board = board_of("g", places=1)
     ask_all(board, "a")
-    for number in range(3 * MAX_CRASHES):
+    for number in range(3 * MAX_DEATHS):
         preempt(board, "g", NOW)
         ready(board, "g", f"{number}")  # its workers were gone before they could give it back
         assert placed(board) == {"g": ["a"]}

@@ -22,7 +22,7 @@ from orchestration.schedulers import make_scheduler
 from orchestration.searchers import ListSearcher
 from orchestration.thin import ThinTrial
 from tests.orchestration.sweeps import wait_until
-from trainers.paths import RunPaths, read_json, write_json, write_json_lines
+from trainers.paths import RunPaths, read_state, write_json_lines, write_state
 
 pytestmark = pytest.mark.ray
 MAX_T = 4
@@ -92,7 +92,7 @@ def _tell_rows(link: Any, trial: dict[str, Any], told: dict[str, int], index: in
     write_json_lines(folder / "metrics.jsonl", rows)
     if last:
         ended = {"status": "finished", "reason": ""}
-        write_json(folder / "status.json", ended | {"examples": len(rows), "steps": len(rows)})
+        write_state(folder / "status.json", ended | {"examples": len(rows), "steps": len(rows)})
     for step in range(told[name], index + 1):
         event = {"trial": name, "index": step, "row": rows[step]}
         link.tell(event | {"kind": "row", "last": step + 1 == trial["num_examples"]})
@@ -130,7 +130,7 @@ def write_trials(run: RunPaths, losses: list[float]) -> list[dict[str, Any]]:
         trial = {"name": name_of(loss), "folder": str(paths.root), "loss": loss}
         trial |= {"num_examples": MAX_T, "base": {}, "data": {}}
         trial |= {"candidate": {"full_finetune": False}}
-        write_json(paths.config, trial)
+        write_state(paths.config, trial)
         trials.append(trial)
     return trials
 
@@ -267,7 +267,7 @@ def test_pool_worker_killed_its_trials_go_on_and_end(run, one_run):
     assert after not in killer.killed
     assert examples_of(run) == [MAX_T] * len(LOSSES)
     assert statuses(run) == ["finished"] * len(LOSSES)
-    assert [read_json(run.trial(name_of(loss)).status)["examples"] for loss in LOSSES] == [4] * 5
+    assert [read_state(run.trial(name_of(loss)).status)["examples"] for loss in LOSSES] == [4] * 5
     assert_nothing_left()
 
 
