@@ -20,8 +20,18 @@ from trainers.batches import Batch, RowSource, Share
 from trainers.comm import Comm
 from trainers.composer import ForwardLimits, next_forward
 from trainers.dropout import DropoutTokens, row_keys, row_tokens
+from trainers.evaluator import Evaluator
 from trainers.head import LossHead
 from trainers.optimizer import adamw_step, clip_gradients, grad_norm
+from trainers.out_of_memory import (
+    NoRoomError,
+    Shortage,
+    give_back,
+    halved,
+    is_out_of_memory,
+    shared,
+    shortage_of,
+)
 from trainers.slots import Slot
 
 
@@ -99,6 +109,8 @@ class Run:
     batch_rows: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     batch_loss_tokens: int = 0
     batch_nats: torch.Tensor | None = None
+    shortage: Shortage | None = None
+    """A forward of this batch that had no room on this worker: the batch will be done again."""
 
     COUNTERS = ("examples", "steps", "tokens", "loss_tokens", "seconds")
 
@@ -183,6 +195,7 @@ class Trainer:
         self.retention = retention
         self.comm = comm or Comm()
         self.head = LossHead(pack)
+        self.evaluator = Evaluator(pack, self.head, self.comm)
         self._base_loss: tuple[float, float, float | None] | None = None
 
     def run(self, runs: Sequence[Run], on_evaluation: OnEvaluation) -> None:
@@ -203,7 +216,7 @@ class Trainer:
                 self._begin_batch(run)
         parts = next_forward(active, self.limits)
         chosen = [run for run, _ in parts]
-        self._micro_step(chosen, [rows for _, rows in parts])
+        self._try_micro_step([(run, rows) for run, rows in parts if run.shortage is None])
         full = [run for run in chosen if not run.share]
         self._optimizer_steps(full)
         for run in chosen:
@@ -218,7 +231,27 @@ class Trainer:
         run.share = Share.of(rows, lengths, comm.world_rank, comm.world_size)
         run.batch_rows = rows
         run.batch_loss_tokens = int(self.train_rows.loss_tokens[rows].sum())
-        run.batch_nats = None
+        run.batch_nats = run.shortage = None
+
+    def _try_micro_step(self, parts: list[tuple[Run, np.ndarray]]) -> None:
+        """A micro-step; where it has no room, the batches that it is of will be done again."""
+        if not parts:
+            return
+        chosen, rows = [run for run, _ in parts], [rows for _, rows in parts]
+        try:
+            self._micro_step(chosen, rows)
+            return
+        except (RuntimeError, MemoryError) as error:
+            # Other workers of a sharded base wait in a gather for this one: it must end, and they with it.
+            if not is_out_of_memory(error) or self.pack.sharding is not None:
+                raise
+            width = max(int(self.train_rows.lengths[part].max()) for part in rows)
+            shortage = shortage_of(error, sum(map(len, rows)), width)
+        give_back()
+        for run in chosen:
+            run.shortage = shortage
+            if self.comm.world_size == 1 and run.share is not None:
+                run.share.take(len(run.share))  # several workers must go on alike
 
     def _micro_step(self, chosen: list[Run], rows: list[np.ndarray]) -> None:
         batch = self.train_rows.batch(rows, self.head.max_positions)
@@ -241,6 +274,7 @@ class Trainer:
         return row_tokens(torch.cat(keys), rates_B, batch.ids_BT.shape[1])
 
     def _optimizer_steps(self, full: Sequence[Run]) -> None:
+        full = self._with_room(full)
         if not full:
             return
         nats = [self.comm.sum_gradients(run.slot.grad_rows, _nats_of(run)) for run in full]
@@ -253,6 +287,23 @@ class Trainer:
                 self._optimizer_step(run, norms[at])
                 self._count(run, values[at])
             run.slot.zero_grad()
+
+    def _with_room(self, full: Sequence[Run]) -> list[Run]:
+        """The runs whose batch was computed on every worker; the others begin it again with forwards of half
+        the size, or have failed."""
+        if not full:
+            return []
+        found = shared([run.shortage for run in full], self.comm, self.train_rows.device)
+        short = {run: shortage for run, shortage in zip(full, found, strict=True) if shortage}
+        for run, shortage in short.items():
+            run.share = run.shortage = None
+            run.slot.zero_grad()
+            if shortage.is_single:
+                peak_bytes = self.comm.peak_bytes(self.train_rows.device)
+                run.status, run.reason = "failed", shortage.reason(peak_bytes)
+        if short:
+            self.limits = halved(self.limits, list(short.values()))
+        return [run for run in full if run not in short]
 
     @staticmethod
     def _optimizer_step(run: Run, norm: torch.Tensor) -> None:
@@ -280,7 +331,11 @@ class Trainer:
     def evaluate(self, run: Run, on_evaluation: OnEvaluation) -> None:
         """Evaluates a run and tells; it ends here if its budget is used up, its loss is not finite,
         or the answer is no."""
-        eval_loss, bits_per_byte, retention_loss = self._losses(run)
+        try:
+            eval_loss, bits_per_byte, retention_loss = self._losses(run)
+        except NoRoomError as error:
+            run.status, run.reason = "failed", str(error)
+            return
         if not math.isfinite(eval_loss):
             run.status, run.reason = "diverged", f"eval_loss {eval_loss} at step {run.steps}"
             return
@@ -327,30 +382,20 @@ class Trainer:
     def eval_losses(self, run: Run | None) -> tuple[float, float]:
         """Held-out loss of a run, or of the base: nats/token and bits/byte, over all loss-bearing
         tokens."""
-        total, rows = self._nats(run, self.held_out), self.held_out
-        tokens, num_bytes = int(rows.loss_tokens.sum()), rows.rows.num_loss_bytes
-        return total / tokens, total / math.log(2) / num_bytes
+        return self.evaluator.losses(_slot_of(run), self.held_out, self.limits)
 
     def retention_loss(self, run: Run | None) -> float | None:
         """Loss of a run, or of the base, on the retention rows in nats/token; None where there are
         none, or it is not finite."""
         if self.retention is None:
             return None
-        loss = self._nats(run, self.retention) / int(self.retention.loss_tokens.sum())
+        nats = self.evaluator.nats(_slot_of(run), self.retention, self.limits)
+        loss = nats / int(self.retention.loss_tokens.sum())
         return loss if math.isfinite(loss) else None
 
-    def _nats(self, run: Run | None, rows: RowSource) -> float:
-        """Nats of a run, or of the base, over all loss-bearing tokens of a set."""
-        slot = run.slot_index if run and run.slot.spec is not None else None
-        # All workers run as many forwards, the last with a row less: of a sharded base they need it.
-        everything, comm = np.arange(len(rows)), self.comm
-        share = Share.of(everything, rows.lengths, comm.world_rank, comm.world_size)
-        nats = torch.zeros((), dtype=torch.float64, device=rows.device)
-        while len(share):
-            taken = share.take(self.limits.rows(share.width))
-            batch = rows.batch([taken], self.head.max_positions)
-            nats += self.head.eval_nats(batch, slot)
-        return float(self.comm.sum(nats))
+
+def _slot_of(run: Run | None) -> int | None:
+    return run.slot_index if run and run.slot.spec is not None else None
 
 
 def _nats_of(run: Run) -> torch.Tensor:

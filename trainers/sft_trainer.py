@@ -17,12 +17,8 @@ from search_spaces.variants import DORA, parts_of, stored_rank
 from trainers.adapters import Pack
 from trainers.base_model import device_name, load_base
 from trainers.batches import RowSource
-from trainers.checkpoint import (
-    checkpoint_examples,
-    load_checkpoint,
-    lora_config,
-    recorded_probe_loss,
-)
+from trainers.checkpoint import load_checkpoint, lora_config
+from trainers.checkpoint_folder import find_checkpoint
 from trainers.comm import Comm
 from trainers.composer import ForwardLimits
 from trainers.cpu import keep_freed_memory
@@ -30,13 +26,15 @@ from trainers.data import count_tokens, prepare_data
 from trainers.data.retention import retention_set
 from trainers.data.tokenizer import load_tokenizer
 from trainers.full import BaseWeights, unfreeze
-from trainers.gate import GateError, Probe, require_expressible
+from trainers.gate import Probe, require_expressible
 from trainers.head import check_head, check_packing
+from trainers.integrity import DamagedError, GateError
 from trainers.loop import Run, Trainer, new_run
 from trainers.measure import measure_max_tokens
 from trainers.meta_shape import shape_of_config
 from trainers.metrics import best_row
 from trainers.mirror import fetch, fetch_folder
+from trainers.out_of_memory import NoRoomError, is_out_of_memory, shared, shortage_of
 from trainers.paths import (
     TrialPaths,
     read_json_lines,
@@ -101,17 +99,21 @@ def _refused(spec: TrialSpec, station: "Station", error: GateError) -> TrialResu
 
 
 def recorded_rows(spec: TrialSpec) -> list[dict[str, Any]]:
-    """The trained rows of a trial's earlier attempt, up to its checkpoint."""
+    """The trained rows of a trial's earlier attempt, up to its checkpoint; none where that is damaged, of which
+    `train_trial` says what there is to say."""
     paths = TrialPaths(spec.folder)
     _fetch(paths)
-    reached = checkpoint_examples(paths.checkpoint)
-    rows = read_json_lines(paths.metrics)
-    return [row for row in rows if row["steps"] > 0 and row["examples"] <= reached]
+    try:
+        checkpoint = find_checkpoint(paths.checkpoint)
+    except DamagedError:
+        return []
+    return [row for row in checkpoint.rows if row["steps"] > 0] if checkpoint else []
 
 
 def _fetch(paths: TrialPaths) -> None:
     """Brings here what a run on an object store has of a trial: another machine may have had it."""
-    fetch(paths.metrics)
+    for path in (paths.metrics, paths.notes):
+        fetch(path)
     fetch_folder(paths.checkpoint)
 
 
@@ -239,10 +241,10 @@ class Station:
 
         Raises:
             ValueError: a target that the model does not have; a GateError for a checkpoint that is not
-                whole, of another trial or of another base.
+                whole, of another trial or of another base; a NoRoomError.
         """
         torch.manual_seed(spec.candidate.seed)
-        slot = 0 if self.full_finetune else self.pack.enter(adapter_of(spec.candidate, self.shape))
+        slot = 0 if self.full_finetune else self._entered(spec.candidate)
         run = new_run(self.pack, slot, run_spec(spec))
         paths = TrialPaths(spec.folder)
         try:
@@ -251,15 +253,36 @@ class Station:
                 self._require_planned(spec.candidate, sum(view.numel() for view in views))
                 self._require_expressible(adapter_of(spec.candidate, self.shape))
             _fetch(paths)
-            if load_checkpoint(run, paths.checkpoint):
-                recorded = recorded_probe_loss(paths.checkpoint)
-                self.probe.check_reloaded(run, recorded, paths.checkpoint)
+            if checkpoint := load_checkpoint(run, paths.checkpoint):
+                self.probe.check_reloaded(run, checkpoint.probe_loss, checkpoint.folder)
         except ValueError:
             self.leave(run)
             raise
         if run.examples >= spec.num_examples and not run.is_due:
             run.status = "finished"
-        return run, Recorder(spec, self.probe, paths, report, examples=run.evaluated)
+        return run, Recorder(spec, self.probe, paths, report, checkpoint)
+
+    def _entered(self, candidate: Candidate) -> int:
+        """The slot of a new adapter, on all workers or on none."""
+        slot, shortage = None, None
+        try:
+            slot = self.pack.enter(adapter_of(candidate, self.shape))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = shortage_of(error, 0, 0)
+        (found,) = shared([shortage], self.comm, self.model.device)
+        if slot is not None and found is None:
+            return slot
+        if slot is not None:
+            self.pack.leave(slot)
+        assert found is not None
+        rank = candidate.lora_rank
+        params = self.shape.held_params(rank, candidate.target, candidate.variant)
+        raise NoRoomError(
+            f"out of memory for an adapter of rank {rank} beside {len(self.pack.slots)} others "
+            f"({16 * params:,} bytes with gradients and moments in fp32): {found.text or 'on another worker'}"
+        )
 
     def leave(self, run: Run) -> None:
         """Takes a trial's adapter out of the pack."""

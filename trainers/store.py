@@ -64,8 +64,8 @@ class AdapterStore:
         *,
         magnitudes: bool = False,
     ) -> bool:
-        """Makes room for slots, ranks and layers (and a DoRA's magnitudes), keeping what is there. True: the
-        memory moved and every view of it must be taken again."""
+        """Makes room for slots, ranks and layers (and a DoRA's magnitudes), keeping what is there, and all of it
+        where there is no memory for more. True: the memory moved and every view of it must be taken again."""
         layers = dict(sorted((self.features | dict(features)).items()))
         wanted = (
             max(num_slots, self.num_slots),
@@ -77,8 +77,13 @@ class AdapterStore:
             return False
         old_A, old_B, old_m = dict(self.A_4SRI), dict(self.B_4SRO), dict(self.m_4SO)
         slots = self.num_slots
+        before = self.num_slots, self.max_rank, self.features, self.has_magnitudes
         self.num_slots, self.max_rank, self.features, self.has_magnitudes = wanted
-        self._lay_out()
+        try:
+            self._lay_out()
+        except (RuntimeError, MemoryError):  # no room: everything stays as it was
+            self.num_slots, self.max_rank, self.features, self.has_magnitudes = before
+            raise
         for name in old_m:
             self.m_4SO[name][:, :slots] = old_m[name]
         for name in old_A:
