@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from orchestration.board import GROUP_WAIT_S, STOP, Board
+from orchestration.silence import HANG_S, Silence
 
 
 class Broker:
@@ -15,8 +16,15 @@ class Broker:
     async actor in any order, also those of one caller that does not wait between them.
     """
 
-    def __init__(self, num_groups: int, one_run: bool, wait_s: float = GROUP_WAIT_S) -> None:
+    def __init__(
+        self,
+        num_groups: int,
+        one_run: bool,
+        wait_s: float = GROUP_WAIT_S,
+        hang_s: float = HANG_S,
+    ) -> None:
         self.board = Board(num_groups, one_run=one_run, wait_s=wait_s)
+        self.silence = Silence(hang_s)
         self.controllers: dict[str, Any] = {}
         self.num_hellos: Counter[str] = Counter()
         self.changed = asyncio.Condition()
@@ -52,6 +60,7 @@ class Broker:
 
     async def begin(self, group: str, attempt: str) -> bool:
         """See Board.begin."""
+        self.silence.heard(group, time.monotonic())
         may = self.board.begin(group, attempt)
         await self._notify()
         return may
@@ -60,7 +69,16 @@ class Broker:
         """See Board.hello."""
         self.board.hello(group, incarnation, info)
         self.num_hellos[group] += 1
+        self.silence.heard(group, time.monotonic())
         await self._notify()
+
+    async def here(self, group: str, attempt: str, node: str, pid: int) -> None:
+        """A worker of a group lives there."""
+        self.silence.here(group, attempt, node, pid)
+
+    async def hung(self) -> list[tuple[str, int]]:
+        """(node, process) of the workers that must be ended, because their group has been silent too long."""
+        return self.silence.hung(time.monotonic())
 
     async def num_ready(self, groups: list[str]) -> int:
         """How often workers of these groups were ready, over all their starts."""
@@ -80,7 +98,9 @@ class Broker:
     ) -> None:
         """See Board.gone. controller: the actor that waits for room for their next workers."""
         for name in groups:
-            self.board.gone(name, time.time(), preempted=preempted, deaths=deaths)
+            told = self.silence.gone(name)
+            known = deaths if not told or deaths is None else {**deaths, name: told}
+            self.board.gone(name, time.time(), preempted=preempted, deaths=known)
             self.controllers[name] = controller
         await self._notify()
 
@@ -91,6 +111,7 @@ class Broker:
     async def tell(self, group: str, incarnation: str, number: int, event: dict[str, Any]) -> None:
         """An event of a group (see Board.hear_from); what dead workers said is dropped."""
         if self.board.is_current(group, incarnation):
+            self.silence.heard(group, time.monotonic())
             self.board.hear_from(group, number, event)
             await self._notify()
 
@@ -98,6 +119,8 @@ class Broker:
         """What a group must hear; waits until there is something. Workers whose place others have taken
         must end: nobody will tell them anything any more."""
         deadline = asyncio.get_running_loop().time() + wait_s
+        if self.board.is_current(group, incarnation):
+            self.silence.heard(group, time.monotonic())
         while self.board.is_current(group, incarnation):
             if taken := self.board.take_commands(group):
                 return taken

@@ -6,6 +6,7 @@ resume` starts new ones.
 
 import itertools
 import os
+import signal
 import threading
 import time
 import uuid
@@ -14,6 +15,7 @@ from typing import Any
 
 from cluster.inventory import TrialDemand
 from orchestration.board import GROUP_WAIT_S
+from orchestration.silence import HANG_S
 from orchestration.sweep import DRIVER_RESOURCE, DRIVER_SHARE
 
 MAX_WAITING_TRIALS = 1000
@@ -31,6 +33,10 @@ JOIN_S = 20.0
 """How long the end of a sweep waits for a group that never had workers; it ends with the driver."""
 WAIT_VARIABLE = "TENFOLD_GROUP_WAIT_S"
 """Environment variable: another board.GROUP_WAIT_S, for clusters whose nodes come slower or never."""
+HANG_VARIABLE = "TENFOLD_HANG_S"
+"""Environment variable: another silence.HANG_S."""
+LOOK_S = 10.0
+"""How often somebody looks whether a group has fallen silent."""
 
 
 class Pool:
@@ -67,6 +73,7 @@ class Pool:
         self.address = {"name": "broker", "namespace": f"tenfold-{uuid.uuid4().hex[:12]}"}
         self.broker: Any = None
         self.wait_s = float(os.environ.get(WAIT_VARIABLE, GROUP_WAIT_S))
+        self.hang_s = float(os.environ.get(HANG_VARIABLE, HANG_S))
         self.threads: list[tuple[list[str], threading.Thread]] = []
         self.ending = False
 
@@ -79,7 +86,9 @@ class Pool:
         head = {"num_cpus": 0, "resources": {DRIVER_RESOURCE: DRIVER_SHARE}}
         options = {"max_concurrency": MAX_WAITING_TRIALS, **head, **self.address}
         self.broker = (
-            ray.remote(Broker).options(**options).remote(self.num_groups, self.one_run, self.wait_s)
+            ray.remote(Broker)
+            .options(**options)
+            .remote(self.num_groups, self.one_run, self.wait_s, self.hang_s)
         )
         # One wait for a node, not several that each count as a failed start.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(self.wait_s))
@@ -90,18 +99,22 @@ class Pool:
             thread = threading.Thread(target=self._run_groups, args=(groups,), daemon=True)
             thread.start()
             self.threads.append((groups, thread))
+        threading.Thread(target=self._end_the_hung, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         import ray
+        from ray.exceptions import RayActorError
 
         self.ending = True
-        ray.get(self.broker.stop.remote())
+        try:
+            ray.get(self.broker.stop.remote())
+        except RayActorError:  # without it every group ends by itself
+            self._join(JOIN_S)
+            return
         # Workers that just start hear it too, and end as they should: a controller that is killed leaves
         # its placement group behind until the driver ends.
-        until = time.monotonic() + START_GRACE_S
-        for _groups, thread in self.threads:
-            thread.join(max(0.0, until - time.monotonic()))
+        self._join(START_GRACE_S)
         waiting: Any = ray.get(self.broker.waiting.remote())
         for controller in filter(None, waiting.values()):
             ray.kill(controller)  # it waits for a node, and hears nothing
@@ -109,13 +122,31 @@ class Pool:
             thread.join(JOIN_S if waiting.keys() & groups else None)
         ray.kill(self.broker)
 
+    def _join(self, wait_s: float) -> None:
+        until = time.monotonic() + wait_s
+        for _groups, thread in self.threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _end_the_hung(self) -> None:
+        """Ends workers whose group has fallen silent, as long as the pool lives."""
+        import ray
+        from ray.exceptions import RayError
+
+        while not self.ending:
+            time.sleep(min(LOOK_S, self.hang_s / 4))
+            try:
+                for node, pid in ray.get(self.broker.hung.remote()):
+                    end_process(node, pid)
+            except RayError:  # the broker is gone: who waits for it says so
+                return
+
     def _run_groups(self, groups: list[str]) -> None:
         """Ray Train runs, one after the other as long as each one served: their limits on failed starts and
         preemptions count over a run's whole life, and a pool that lives for days must not use them up."""
         import ray
 
         for number in itertools.count():
-            served = ray.get(self.broker.num_ready.remote(groups))
+            served = self._num_ready(groups)
             try:
                 self._trainer(groups, f"{groups[0]}-{number}").fit()
                 reason = "it was told to stop"
@@ -123,10 +154,15 @@ class Pool:
                 reason = _telling_line(error)
             if self.ending:
                 return
-            if ray.get(self.broker.num_ready.remote(groups)) == served:
+            if self._num_ready(groups) == served:
                 ray.get([self.broker.lose.remote(name, reason) for name in groups])
                 return
             ray.get(self.broker.gone.remote(groups))
+
+    def _num_ready(self, groups: list[str]) -> int:
+        import ray
+
+        return ray.get(self.broker.num_ready.remote(groups))
 
     def _trainer(self, groups: list[str], name: str) -> Any:
         import ray.train
@@ -165,10 +201,20 @@ class Pool:
         )
 
     def groups(self) -> dict[str, dict[str, Any]]:
-        """What each group says of itself (`Station.facts`), or {"lost": reason}."""
-        import ray
+        """What each group says of itself (`Station.facts`), or {"lost": reason}.
 
-        return ray.get(self.broker.groups.remote())
+        Raises:
+            ValueError: the broker is dead, and with it what the sweep knew of its groups.
+        """
+        import ray
+        from ray.exceptions import RayActorError
+
+        try:
+            return ray.get(self.broker.groups.remote())
+        except RayActorError as error:
+            raise ValueError(
+                "the broker between trials and workers has died; `tenfold resume` goes on from the last checkpoints"
+            ) from error
 
     def first_group(self) -> dict[str, Any]:
         """Waits for the first group that is ready; the others come when they come.
@@ -214,6 +260,20 @@ class Pool:
         import ray
 
         ray.get(self.broker.put_off.remote(trial))  # before it is asked for again
+
+
+def end_process(node: str, pid: int) -> None:
+    """Kills a process of a node. A worker that hangs does not hear what Ray would tell it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    kill = ray.remote(_kill).options(num_cpus=0, scheduling_strategy=strategy)
+    kill.remote(pid)  # nobody waits: the node may be gone, and the process with it
+
+
+def _kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
 
 
 def _serve(config: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from trainers.comm import Comm
 from trainers.metrics import DIVERGED_LOSS
+from trainers.object_store import StoreError
 from trainers.pack_server import PackServer
 from trainers.run_lock import hold_run
 from trainers.sft_trainer import Station, TrialSpec, recorded_rows, train_trial
@@ -68,6 +69,7 @@ def serve_worker(config: dict[str, Any]) -> None:
     comm = Comm(alone=len(groups) > 1)
     group = groups[context.get_world_rank()] if len(groups) > 1 else groups[0]
     link = BrokerLink(config["broker"], group, preemptible=config["preemptible"])
+    link.here()
     if not comm.share(link.begin() if comm.world_rank == 0 else None):
         return
     spec = TrialSpec.from_dict(config["warm"])
@@ -88,7 +90,13 @@ def _serve(link: "BrokerLink", comm: Comm, warm: TrialSpec, measure: dict[str, A
     if comm.world_rank == 0:
         seconds = round(time.perf_counter() - began, 1)
         link.hello(server.station.facts() | coverage | measured | {"loaded_in_s": seconds})
-    server.serve()
+    try:
+        server.serve()
+    except (
+        OSError,
+        StoreError,
+    ) as error:  # no trial's fault: they go on elsewhere, or after a resume
+        link.lose(f"the run's storage takes nothing more: {error}")
 
 
 def _use_own_device() -> None:
@@ -107,12 +115,21 @@ class BrokerLink:
         self.asked: Any = None
         self.num_told = 0
 
+    @property
+    def attempt(self) -> str:
+        """The start of the Train run. Each has a placement group of its own, and all its workers the same."""
+        found = ray.get_runtime_context().get_placement_group_id()
+        assert found is not None, "a Train worker must live in a placement group"
+        return found
+
+    def here(self) -> None:
+        """Says where this worker lives, for the day on which it hangs. On every worker of the group."""
+        node = ray.get_runtime_context().get_node_id()
+        ray.get(self.broker.here.remote(self.group, self.attempt, node, os.getpid()))
+
     def begin(self) -> bool:
         """Says that the group starts; False: it must not."""
-        # Each start of a Train run has a placement group of its own, and all its workers the same.
-        attempt = ray.get_runtime_context().get_placement_group_id()
-        assert attempt is not None, "a Train worker must live in a placement group"
-        return bool(ray.get(self.broker.begin.remote(self.group, attempt)))
+        return bool(ray.get(self.broker.begin.remote(self.group, self.attempt)))
 
     def lose(self, reason: str) -> None:
         """Says that the group cannot serve."""

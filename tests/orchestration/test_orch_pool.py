@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def serve_constant(config: dict[str, Any]) -> None:
 
     groups, rank = config["groups"], get_context().get_world_rank()
     link = BrokerLink(config["broker"], groups[rank if len(groups) > 1 else 0])
+    link.here()
     if not link.begin():
         return
     link.hello({"max_tokens": 512})
@@ -74,12 +76,24 @@ def serve_constant(config: dict[str, Any]) -> None:
             if command["kind"] == "enter":
                 name = command["trial"]["name"]
                 trials[name], told[name] = command["trial"], 0
+                _misbehave(command["trial"])
             else:
                 name = command["trial"]
             if command["kind"] == "cancel":
                 trials.pop(name, None)
             elif name in trials:
                 _tell_rows(link, trials[name], told, command["index"])
+
+
+def _misbehave(trial: dict[str, Any]) -> None:
+    """What the trial's dict asks for, each time or once in its life."""
+    folder, fault = Path(trial["folder"]), trial.get("fault", "")
+    if fault == "hang once" and not (folder / "hung").exists():
+        (folder / "hung").touch()
+        while True:
+            time.sleep(1)
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _tell_rows(link: Any, trial: dict[str, Any], told: dict[str, int], index: int) -> None:
@@ -122,14 +136,16 @@ def name_of(loss: float) -> str:
     return f"loss{loss}"
 
 
-def write_trials(run: RunPaths, losses: list[float]) -> list[dict[str, Any]]:
+def write_trials(
+    run: RunPaths, losses: list[float], faults: Mapping[float, str] | None = None
+) -> list[dict[str, Any]]:
     """The dicts of trials, as far as board and stub read them, each in its folder."""
     trials = []
     for loss in losses:
         paths = run.trial(name_of(loss))
         trial = {"name": name_of(loss), "folder": str(paths.root), "loss": loss}
         trial |= {"num_examples": MAX_T, "base": {}, "data": {}}
-        trial |= {"candidate": {"full_finetune": False}}
+        trial |= {"candidate": {"full_finetune": False}, "fault": (faults or {}).get(loss, "")}
         write_state(paths.config, trial)
         trials.append(trial)
     return trials
@@ -164,8 +180,14 @@ class Killer(Ledger):
             # Any that serves: on a busy machine one group may have done this much before the other
             # has loaded the base.
             self.group, facts = next(iter(sorted(self.pool.groups().items())))
-            self.killed = [result["pid"] if self.who == "thin" else facts["pid"]]
+            self.killed = [self._victim(result, facts)]
             os.kill(self.killed[0], signal.SIGKILL)
+
+    def _victim(self, result: dict[str, Any], facts: dict[str, Any]) -> int:
+        if self.who in ("thin", "worker"):
+            return result["pid"] if self.who == "thin" else facts["pid"]
+        (found,) = (p for p in psutil.Process().children(recursive=True) if self.who in _title(p))
+        return found.pid
 
 
 def run_sweep(
@@ -177,9 +199,10 @@ def run_sweep(
     at=None,
     who: str = "",
     max_concurrent: int = 1,
+    faults: Mapping[float, str] | None = None,
 ) -> Killer:
     """Runs a trial for each of LOSSES on a pool, as engines.py does; those that never began, again."""
-    trials = write_trials(run, LOSSES)
+    trials = write_trials(run, LOSSES, faults)
     killer = Killer(run, pool, at=at, who=who)
     pool.first_group()
     pool.open(places, [(trial, 0) for trial in trials])
@@ -269,6 +292,86 @@ def test_pool_worker_killed_its_trials_go_on_and_end(run, one_run):
     assert statuses(run) == ["finished"] * len(LOSSES)
     assert [read_state(run.trial(name_of(loss)).status)["examples"] for loss in LOSSES] == [4] * 5
     assert_nothing_left()
+
+
+@pytest.mark.slow
+def test_pool_trial_that_kills_its_workers_fails_with_its_reason_and_the_others_end(run):
+    with pool_of(run, 1, serve_constant) as pool:
+        run_sweep(run, pool, 5, kind="fifo", max_concurrent=6, faults={5.0: "kill"})
+    ends = dict(zip(LOSSES, statuses(run), strict=True))
+    assert ends == {loss: "failed" if loss == 5.0 else "finished" for loss in LOSSES}
+    reason = read_trial(run.trial(name_of(5.0))).reason
+    assert "at last with no other trial beside it" in reason
+    assert_nothing_left()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_pool_group_that_hangs_is_ended_and_its_trials_go_on(run, monkeypatch, num_workers):
+    monkeypatch.setenv("TENFOLD_HANG_S", "4")  # these workers speak every second
+    monkeypatch.setattr(
+        "tests.orchestration.test_orch_pool.DEMAND",
+        TrialDemand(num_workers=num_workers, cpus_per_worker=1, gpus_per_worker=0),
+    )
+    with pool_of(run, 1, serve_constant if num_workers == 1 else serve_together) as pool:
+        run_sweep(run, pool, 2, kind="fifo", max_concurrent=3, faults={2.0: "hang once"})
+        deaths = ray.get(pool.broker.deaths.remote())
+    assert statuses(run) == ["finished"] * len(LOSSES)
+    assert (run.trial(name_of(2.0)).root / "hung").exists()
+    assert set(deaths.values()) == {0}  # it was cleared by its next evaluation
+    assert_nothing_left()
+
+
+def serve_together(config: dict[str, Any]) -> None:
+    """A group of two workers that share every command in a collective; the second hangs, and the first waits."""
+    import torch.distributed as dist
+    from ray.train import get_context
+
+    from trainers.worker import BrokerLink
+
+    rank = get_context().get_world_rank()
+    link = BrokerLink(config["broker"], config["groups"][0])
+    link.here()
+    if rank == 0:
+        link.begin()
+        link.hello({"max_tokens": 512})
+    told: dict[str, int] = {}
+    trials: dict[str, dict[str, Any]] = {}
+    while True:
+        box = [link.commands(idle=True) if rank == 0 else None]
+        dist.broadcast_object_list(box)
+        for command in box[0]:
+            if command["kind"] == "stop":
+                return
+            if command["kind"] == "enter":
+                name = command["trial"]["name"]
+                trials[name], told[name] = command["trial"], 0
+                if rank == 1:
+                    _misbehave(command["trial"])
+                dist.barrier()
+            name = command["trial"] if command["kind"] != "enter" else name
+            if rank == 0 and command["kind"] != "cancel":
+                _tell_rows(link, trials[name], told, command["index"])
+
+
+@pytest.mark.slow
+def test_pool_whose_train_controller_dies_starts_its_groups_again(run):
+    with pool_of(run, 1, serve_constant) as pool:
+        killer = run_sweep(
+            run, pool, 1, kind="fifo", at=(2.0, 2), who="ray::TrainController", max_concurrent=2
+        )
+    assert killer.killed
+    assert statuses(run) == ["finished"] * len(LOSSES)
+
+
+@pytest.mark.slow
+def test_pool_whose_broker_dies_ends_with_a_line_that_says_how_to_go_on(run):
+    with (
+        pytest.raises(ValueError, match=r"the broker .* has died; `tenfold resume` goes on"),
+        pool_of(run, 1, serve_constant) as pool,
+    ):
+        run_sweep(run, pool, 1, kind="fifo", at=(2.0, 2), who="ray::Broker", max_concurrent=2)
+    assert "failed" not in statuses(run)
 
 
 @pytest.mark.slow
