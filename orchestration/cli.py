@@ -11,13 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestration import signals
 from orchestration.cluster_verb import add_cluster_options, run_cluster
 from orchestration.exit_codes import BAD_INPUT, INTERRUPTED
 
 if TYPE_CHECKING:
     from trainers.paths import RunPaths
 
-EXIT_CODES = "exit codes: 0 done; 1 no trial ended with a usable score; 2 input that cannot be used; 130 interrupted"
+EXIT_CODES = (
+    "exit codes: 0 done; 1 no trial ended with a usable score; 2 input that cannot be used; "
+    "130 interrupted; 143 ended by SIGTERM"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,17 +29,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     # pydantic looks for plugins in every installed distribution; Tenfold has none.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     args = _parsed(argv)
+    with signals.handling():
+        return signals.exit_code(_ran(args))
+
+
+def _ran(args: argparse.Namespace) -> int:
     try:
         return args.run(args)
     except ValueError as error:
         print(f"tenfold: {error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print("tenfold: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("; ".join(["tenfold: interrupted", *map(str, stop.args)]), file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `tenfold plan ... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        from trainers.paths import storage_problem
+
+        if not (line := storage_problem(error)):
+            raise
+        print(f"tenfold: {line}", file=sys.stderr)
+        return BAD_INPUT
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -255,9 +271,9 @@ def _report(args: argparse.Namespace) -> int:
 
 def _study_command_of(run: "RunPaths") -> str | None:
     """What began the study in a folder; None where there is no study."""
-    from trainers.paths import read_json
+    from trainers.paths import read_state
 
-    return read_json(run.resolved).get("command") if run.resolved.is_file() else None
+    return read_state(run.resolved).get("command") if run.resolved.is_file() else None
 
 
 def _resume(args: argparse.Namespace) -> int:
@@ -294,9 +310,9 @@ def _study(args: argparse.Namespace) -> int:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     flags = {"name": args.name, "address": args.address}
     config = load_study(args.kind, args.preset, args.config, **flags)
-    return run_study(
-        args.kind, config, preset=args.preset, command=_study_command(args), reuse=args.reuse
-    )
+    command = _study_command(args)
+    with signals.goes_on_by(lambda: f"`{command}` goes on with it"):
+        return run_study(args.kind, config, preset=args.preset, command=command, reuse=args.reuse)
 
 
 def _study_command(args: argparse.Namespace) -> str:

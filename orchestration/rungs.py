@@ -64,7 +64,9 @@ class RungLedger:
         """Writes one record, so that the death of this process cannot lose it."""
         if not self._is_whole:
             self._drop_cut_line()
+        self._is_whole = False  # until it is written: a full disk cuts the line
         append_text(self.path, f"{sealed_row(asdict(record))}\n")
+        self._is_whole = True
 
     def _bytes(self) -> bytes:
         return self.path.read_bytes() if self.path.exists() else b""

@@ -1,5 +1,6 @@
 """Runs the admitted candidates of a plan on Ray and leaves the results in runs/NAME."""
 
+import logging
 import os
 import shutil
 import socket
@@ -16,7 +17,14 @@ from orchestration.results import TrialRecord
 from orchestration.runtime_env import worker_environment
 from orchestration.serving import ADAPTER_CONFIG, portable_config
 from trainers.integrity import seal_folder
-from trainers.paths import RunPaths, read_state, replace_folder, temporary_folder, write_json
+from trainers.paths import (
+    RunPaths,
+    read_state,
+    replace_folder,
+    storage_problem,
+    temporary_folder,
+    write_json,
+)
 
 # Every report of a worker waits for its controller's next poll: 2 s by default.
 HEALTH_CHECK_INTERVAL_S = "0.2"
@@ -142,19 +150,24 @@ def run_trials(
         callback: the sweep's ledger.Ledger.
 
     Raises:
-        ValueError: what the callback's check raised.
+        ValueError: what the callback's check raised, or storage that takes nothing more.
         KeyboardInterrupt: a signal came before; one that comes meanwhile ends Tune's loop.
     """
     from ray.tune import TuneError
 
+    # A trial's failure is told in a line and kept in error.txt; Tune would print its traceback as well.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     tuner = _tuner(trainable, searcher, scheduler, run, max_concurrent, callback)
     try:
         with signals.ended_by_tune():
             tuner.fit()
     except TuneError as error:
-        # Tune packs what a callback raises into the text of an error of its own.
-        if type(error.__context__) is ValueError:
-            raise error.__context__ from None
+        # Tune packs what a callback or a scheduler raises into the text of an error of its own.
+        cause = error.__context__
+        if type(cause) is ValueError:
+            raise cause from None
+        if isinstance(cause, OSError) and (line := storage_problem(cause)):
+            raise ValueError(line) from cause
         raise
 
 

@@ -1,6 +1,8 @@
 """Checkpoints: a PEFT adapter folder (or a transformers model folder), and the trainer's state beside it (see
 trainers/checkpoint_folder.py)."""
 
+import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -40,6 +43,7 @@ from trainers.paths import replace_folder, temporary_folder, write_json
 from trainers.slots import AdapterSpec
 from trainers.targets import matching_layers
 
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -62,20 +66,21 @@ def save_checkpoint(
 
     Raises:
         GateError: what was written is not what was trained; the previous checkpoint stays.
+        OSError: the storage takes nothing more; the previous checkpoint stays.
     """
     temporary = temporary_folder(folder)
     try:
         save_weights(pack, run, temporary, base_name=base_name, revision=revision)
         moments = {name: tensor.detach().contiguous() for name, tensor in _moments(run).items()}
-        save_file(moments, temporary / OPTIMIZER_FILE)
+        _save_file(moments, temporary / OPTIMIZER_FILE)
         check_shapes(temporary / OPTIMIZER_FILE, _shapes(moments), "2 for each weight")
-    except GateError:
-        shutil.rmtree(temporary)
+        state = run.counters | {PROBE_LOSS: probe_loss, ROWS: list(rows)}
+        write_json(temporary / STATE_FILE, state)
+        seal_folder(temporary)
+        sync_folder(temporary)
+    except (GateError, OSError):
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk its bytes are wanted
         raise
-    state = run.counters | {PROBE_LOSS: probe_loss, ROWS: list(rows)}
-    write_json(temporary / STATE_FILE, state)
-    seal_folder(temporary)
-    sync_folder(temporary)
     replace_folder(temporary, folder, keep_previous=True)
 
 
@@ -91,14 +96,27 @@ def save_weights(
     if run.slot.spec is None:
         # Not save_pretrained: it writes nothing on a worker that is not rank 0 of its Train run, and such
         # a worker can be a group of its own.
-        save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
+        _save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
         pack.model.config.save_pretrained(folder)
         if pack.model.can_generate() and pack.model.generation_config is not None:
             pack.model.generation_config.save_pretrained(folder)
     else:
-        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+        _save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
         lora_config(pack.model, run.slot.spec, base_name, revision).save_pretrained(str(folder))
     check_saved(folder, pack, run)
+
+
+def _save_file(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """safetensors' writer, whose errors of the file system have no type of their own."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        if found := OS_ERROR.search(str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
 
 
 def load_checkpoint(run: Run, folder: Path) -> Checkpoint | None:

@@ -1,10 +1,12 @@
 """Where everything of a run lies on disk, and how it is written: to a temporary name, then renamed. What is
 written into the copy of a run on an object store goes there before the write returns (trainers/mirror.py)."""
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,24 +120,49 @@ def write_text(path: Path, text: str) -> None:
     """Writes a whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with _naming(path, temporary):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
     written(path)
 
 
 def append_text(path: Path, text: str) -> None:
-    """Writes behind what is there; a death in between leaves a line that is cut."""
-    with path.open("a", encoding="utf-8") as file:
+    """Writes behind what is there; a death in between, or a full disk, leaves a line that is cut."""
+    with _naming(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
     written(path)
+
+
+@contextmanager
+def _naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Names the file in an error that does not, as that of a full disk; what was half-written goes."""
+    try:
+        yield
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
+
+
+def storage_problem(error: OSError) -> str:
+    """What a run's storage said that takes nothing more, in one line; empty for an error of another kind."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE):
+        return ""
+    return (
+        f"{error.filename or 'the run'}: {os.strerror(error.errno)}; what was saved is whole: make room, and "
+        "`tenfold resume` goes on"
+    )
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copies a file whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    with _naming(target, temporary):
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
     written(target)
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +12,7 @@ from trainers.gate import Probe
 from trainers.integrity import GateError, sealed_row, sound_rows
 from trainers.loop import Evaluation, Run
 from trainers.metrics import best_row
+from trainers.object_store import StoreError
 from trainers.paths import (
     TrialPaths,
     append_text,
@@ -43,8 +45,7 @@ class Recorder:
         self.writes = probe.comm.world_rank == 0
         # The checkpoint's rows, whatever metrics.jsonl holds: what came after will be written again.
         self.rows = checkpoint.rows if checkpoint else []
-        if self.writes:
-            self._take_up(checkpoint)
+        self._together(lambda: self._take_up(checkpoint))
 
     def _take_up(self, checkpoint: Checkpoint | None) -> None:
         known, damaged = sound_rows(self.paths.metrics)
@@ -61,7 +62,8 @@ class Recorder:
             self.note(f"{problem}; the checkpoint before it is taken, of {at} examples")
         put_back(checkpoint, self.paths.checkpoint)
         best = best_row(self.rows)
-        if self._keeps and best is not None and best["examples"] == checkpoint.state["examples"]:
+        at_best = best is not None and best["examples"] == checkpoint.state["examples"]
+        if at_best and self.spec.keep_weights:
             copy_weights(self.paths.checkpoint, self.paths.best)  # a worker that died before it did
 
     def note(self, text: str) -> None:
@@ -73,45 +75,50 @@ class Recorder:
 
         Raises:
             GateError: what was saved is not what was trained; on all workers alike.
+            OSError, StoreError: the run's storage takes nothing more; on all workers alike.
         """
         row = asdict(evaluation)
         if self.spec.data.retention is None:
             del row["retention_loss"]
         # A worker that died right after its first checkpoint evaluates the base once more.
         self.rows = [*(old for old in self.rows if old["examples"] < row["examples"]), row]
-        if self.writes:
+        probe_loss = self.probe.loss(run)
+
+        def write() -> None:
             write_json_lines(self.paths.metrics, self.rows)
-        self.save(run)
-        if self._keeps and best_row(self.rows) is row:
-            copy_weights(self.paths.checkpoint, self.paths.best)
+            self._checkpoint(run, probe_loss)
+            if self.spec.keep_weights and best_row(self.rows) is row:
+                copy_weights(self.paths.checkpoint, self.paths.best)
+
+        self._together(write)
         return self.report(row)
 
     def save(self, run: Run) -> None:
-        """Writes a checkpoint, of an evaluation or between two; the same GateErrors, on all workers."""
+        """Writes a checkpoint between two evaluations; the same errors."""
         probe_loss = self.probe.loss(run)
-        refusal = self._checkpoint(run, probe_loss) if self.writes else ""
-        if refusal := self.probe.comm.share(refusal):
-            raise GateError(refusal)
+        self._together(lambda: self._checkpoint(run, probe_loss))
 
-    def _checkpoint(self, run: Run, probe_loss: float) -> str:
-        """Why the gate refused what was written; empty: it did not."""
-        try:
-            save_checkpoint(
-                self.probe.pack,
-                run,
-                self.paths.checkpoint,
-                base_name=self.spec.base.model,
-                revision=self.spec.base.revision,
-                probe_loss=probe_loss,
-                rows=self.rows,
-            )
-        except GateError as error:
-            return str(error)
-        return ""
+    def _together(self, write: Callable[[], None]) -> None:
+        """Lets world rank 0 write; what keeps it from it is raised on all workers alike."""
+        problem: Exception | None = None
+        if self.writes:
+            try:
+                write()
+            except (GateError, OSError, StoreError) as error:
+                problem = error
+        if problem := self.probe.comm.share(problem):
+            raise problem
 
-    @property
-    def _keeps(self) -> bool:
-        return self.writes and self.spec.keep_weights
+    def _checkpoint(self, run: Run, probe_loss: float) -> None:
+        save_checkpoint(
+            self.probe.pack,
+            run,
+            self.paths.checkpoint,
+            base_name=self.spec.base.model,
+            revision=self.spec.base.revision,
+            probe_loss=probe_loss,
+            rows=self.rows,
+        )
 
     @property
     def trained_rows(self) -> list[dict[str, Any]]:
@@ -125,17 +132,19 @@ class Recorder:
     def fail(self, run: Run, error: GateError) -> None:
         """Ends a run whose save or checkpoint did not pass the gate; `finish` writes the rest."""
         run.status, run.reason = "failed", str(error)
-        if self.writes:
-            self.write_failure(self.paths, error, run.examples, run.steps)
+        self._together(lambda: self.write_failure(self.paths, error, run.examples, run.steps))
 
     def finish(self, run: Run) -> None:
         """Writes how the trial ended."""
-        if self.writes:
+
+        def write() -> None:
             self.write_status(self.paths, run.status, run.reason, run.examples, run.steps)
             if self.spec.keep_weights:
                 shutil.rmtree(previous_of(self.paths.checkpoint), ignore_errors=True)
             else:
                 remove_folder(self.paths.checkpoint)
+
+        self._together(write)
 
     @staticmethod
     def write_status(
