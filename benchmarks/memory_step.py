@@ -25,7 +25,8 @@ from trainers.base_spec import BaseSpec
 from trainers.batches import RowSource
 from trainers.composer import ForwardLimits
 from trainers.gradient_checkpointing import recompute_layers
-from trainers.loop import RunSpec, Trainer, new_run
+from trainers.loop import Trainer
+from trainers.runs import RunSpec, new_run
 from trainers.slots import AdapterSpec
 
 
@@ -147,7 +148,9 @@ def random_base(
 ) -> PreTrainedModel:
     """A base with random weights, loaded as a sweep loads it; `folder` is where it stands meanwhile."""
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[case.dtype])
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[case.dtype], trust_remote_code=False
+        )
     if not case.quantized:
         model.requires_grad_(False).eval()
         if case.gradient_checkpointing:

@@ -33,9 +33,10 @@ from trainers.base_spec import BaseSpec
 from trainers.batches import RowSource
 from trainers.comm import Comm
 from trainers.composer import ForwardLimits
-from trainers.loop import RunSpec, Trainer, new_run
+from trainers.loop import Trainer
 from trainers.measure import random_rows
 from trainers.paths import read_json, write_json
+from trainers.runs import RunSpec, new_run
 from trainers.slots import AdapterSpec
 
 TARGET = ("attn", "mlp", "unembed")

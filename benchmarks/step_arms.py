@@ -19,7 +19,8 @@ from trainers.batches import RowSource, example_order
 from trainers.composer import ForwardLimits
 from trainers.data.token_set import TokenizedSet
 from trainers.full import unfreeze
-from trainers.loop import Run, RunSpec, Trainer, new_run
+from trainers.loop import Trainer
+from trainers.runs import Run, RunSpec, new_run
 from trainers.slots import AdapterSpec
 
 CONFIG = {"vocab_size": 3072, "max_position_embeddings": 1024, "tie_word_embeddings": True}
@@ -106,7 +107,9 @@ def random_model(config: Any, folder: Path, dtype: torch.dtype) -> Path:
 
     if not (folder / "model.safetensors").exists():
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        ).save_pretrained(folder)
     return folder
 
 
@@ -283,7 +286,9 @@ class TrlSteps:
                 use_cpu=bench.device.type == "cpu",
             ),
             train_dataset=Dataset.from_dict(data),
-            processing_class=AutoTokenizer.from_pretrained(str(BASE_MODEL)),
+            processing_class=AutoTokenizer.from_pretrained(
+                str(BASE_MODEL), trust_remote_code=False
+            ),
             peft_config=LoraConfig(
                 task_type="CAUSAL_LM",
                 r=bench.lora_rank,

@@ -34,6 +34,8 @@ class Entry:
     last_index: int | None = None
     ended: dict[str, str] | None = None
     group: str | None = None
+    home: str | None = None
+    """The group whose forwards it shared last: there they can be done again alike (trainers/replay.py)."""
     blame: Blame = field(default_factory=Blame)
 
     @property
@@ -95,13 +97,23 @@ class Board:
         self.stopping = False
         self.cohorts = itertools.count(1)
 
-    def enlist(self, trials: Iterable[tuple[dict[str, Any], int]]) -> None:
+    def enlist(
+        self,
+        trials: Iterable[tuple[dict[str, Any], int]],
+        homes: Mapping[str, str] | None = None,
+    ) -> None:
         """Puts trials into the queue in the order in which Tune will start them, each with the evaluation
         that it will ask for first. They train before their thin trials live, and in the plan's order:
-        those would ask in the order in which their processes happen to start."""
+        those would ask in the order in which their processes happen to start.
+
+        Args:
+            homes: trial -> its group under an earlier driver.
+        """
         for trial, index in trials:
-            if trial["name"] not in self.entries:
-                entry = self.entries[trial["name"]] = Entry(trial, index)
+            name = trial["name"]
+            if name not in self.entries:
+                home = (homes or {}).get(name)
+                entry = self.entries[name] = Entry(trial, index, home=home)
                 self.queue.append(entry)
         self._assign()
 
@@ -321,10 +333,20 @@ class Board:
             rooms = [
                 (len(g.trials), name) for name, g in self.groups.items() if self._fits(entry, g)
             ]
+            if self.one_run and self._comes_back(entry.home):
+                continue
             if rooms:
-                self._give(entry, min(rooms)[1])
+                at_home = any(name == entry.home for _, name in rooms)
+                self._give(entry, str(entry.home) if at_home else min(rooms)[1])
             elif entry.full or entry.blame.cohort:
                 return  # those behind it would keep every group busy for ever
+
+    def _comes_back(self, name: str | None) -> bool:
+        """Whether a group will be ready in a moment: one of a run whose groups all start together."""
+        group = self.groups.get(name or "")
+        if group is None:
+            return name in self.absent or name in self.attempts
+        return not group.incarnation and not group.lost
 
     def _make_room(self) -> None:
         """Ends the wait of suspects for a group without others: the one with the fewest trials gives them up.
@@ -361,7 +383,7 @@ class Board:
 
     def _give(self, entry: Entry, name: str) -> None:
         self.queue.remove(entry)
-        entry.group = name
+        entry.group = entry.home = name
         group = self.groups[name]
         group.trials.append(entry)
         group.commands.append({"kind": "enter", "trial": entry.trial, "index": entry.asked})

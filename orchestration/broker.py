@@ -128,9 +128,11 @@ class Broker:
                 return []
         return [STOP]
 
-    async def enlist(self, trials: list[tuple[dict[str, Any], int]]) -> None:
+    async def enlist(
+        self, trials: list[tuple[dict[str, Any], int]], homes: dict[str, str] | None = None
+    ) -> None:
         """See Board.enlist."""
-        self.board.enlist(trials)
+        self.board.enlist(trials, homes)
         await self._notify()
 
     async def open(self, places: int) -> None:

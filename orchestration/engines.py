@@ -18,6 +18,7 @@ from orchestration.schedulers import make_scheduler
 from orchestration.tracking import make_trackers
 from orchestration.trials import TrialMaker, history, known_names, settle, unended, untold
 from search_spaces.candidate import trial_name
+from trainers.composition import members
 from trainers.mirror import fetch_all_records
 from trainers.paths import RunPaths, read_state, write_state
 from trainers.run_lock import claim_folders
@@ -76,7 +77,12 @@ def _packed(inventory: Inventory, progress: Progress, work: "Work") -> None:
         facts = vars(packs)
         write_state(run.packs, facts)
         progress.note(f"{packs.num_groups} group(s) x {packs.places} adapters: {packs.reason}")
-        pool.open(packs.places, [(t, work.seen.get(t["name"], 0)) for t in work.trials])
+        homes = homes_of(run)
+        places = list(homes)
+        work.trials.sort(
+            key=lambda t: places.index(t["name"]) if t["name"] in homes else len(homes)
+        )
+        pool.open(packs.places, [(t, work.seen.get(t["name"], 0)) for t in work.trials], homes)
         work.run_all(
             ThinTrial,
             {"broker": pool.address},
@@ -106,6 +112,12 @@ def _solo(inventory: Inventory, progress: Progress, work: "Work") -> None:
         max_concurrent_trials(demand, inventory),
         partial(Ledger, run, progress),
     )
+
+
+def homes_of(run: RunPaths) -> dict[str, str]:
+    """Trial -> the worker group that had it last, in the order in which they entered."""
+    files = sorted(run.composition("any").parent.glob("*.jsonl"))
+    return {name: path.stem for path in files for name in members(path)}
 
 
 class Work:

@@ -244,11 +244,16 @@ class Pool:
                 "checkpoints"
             )
 
-    def open(self, places: int, trials: list[tuple[dict[str, Any], int]]) -> None:
+    def open(
+        self,
+        places: int,
+        trials: list[tuple[dict[str, Any], int]],
+        homes: dict[str, str] | None = None,
+    ) -> None:
         """Lets trials in, so many at once in each group; these first, in their order (see Board.enlist)."""
         import ray
 
-        ray.get(self.broker.enlist.remote(trials))
+        ray.get(self.broker.enlist.remote(trials, homes))
         ray.get(self.broker.open.remote(places))
 
     def cancel(self, trial: str) -> None:

@@ -38,8 +38,8 @@ from trainers.gate import (
     rank_pattern,
 )
 from trainers.integrity import seal_folder, sync_folder
-from trainers.loop import Run
 from trainers.paths import replace_folder, temporary_folder, write_json
+from trainers.runs import Run
 from trainers.slots import AdapterSpec
 from trainers.targets import matching_layers
 

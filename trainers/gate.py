@@ -23,7 +23,8 @@ from search_spaces.variants import DORA, RSLORA
 from trainers.adapters import Pack
 from trainers.experts import PARAMETERS, is_experts, parameter_suffix, to_peft
 from trainers.integrity import GateError
-from trainers.loop import Run, Trainer
+from trainers.loop import Trainer
+from trainers.runs import Run
 from trainers.slots import MAGNITUDE, AdapterSpec, Slot
 from trainers.store import LayerSize
 from trainers.targets import PEFT_PREFIX, matching_layers, peft_prefixes

@@ -8,9 +8,8 @@ number, whatever the micro-batch size and the number of workers.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,131 +24,13 @@ from trainers.head import LossHead
 from trainers.optimizer import adamw_step, clip_gradients, grad_norm
 from trainers.out_of_memory import (
     NoRoomError,
-    Shortage,
     give_back,
     halved,
     is_out_of_memory,
     shared,
     shortage_of,
 )
-from trainers.slots import Slot
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSpec:
-    """How one adapter is trained.
-
-    Args:
-        learning_rate: peak, > 0.
-        global_batch_size: examples per optimizer step, over all workers.
-        num_examples: budget; the last step may be smaller than the others.
-        eval_every: examples between evaluations (and checkpoints), >= 1.
-        lr_schedule: shape after warm-up.
-        warmup: below 1 a fraction of the steps, else a number of steps.
-        weight_decay: AdamW's.
-        max_grad_norm: gradient clip by the adapter's own norm; 0 is no clip.
-        seed: of the data order.
-        group_by_length: batches of examples of similar length.
-    """
-
-    learning_rate: float
-    global_batch_size: int
-    num_examples: int
-    eval_every: int
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: float = 0.0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    group_by_length: bool = False
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the whole budget."""
-        return -(-self.num_examples // self.global_batch_size)
-
-
-def scheduled_lr(spec: RunSpec, step: int) -> float:
-    """Learning rate of optimizer step `step` (from 0)."""
-    warmup = spec.warmup * spec.num_steps if spec.warmup < 1 else spec.warmup
-    if step < warmup:
-        return spec.learning_rate * (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1.0, spec.num_steps - warmup)
-    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return spec.learning_rate * factor[spec.lr_schedule]
-
-
-Status = Literal["running", "waiting", "finished", "diverged", "stopped", "failed"]
-"""waiting: at an evaluation that nobody has asked for yet (pack_server.py)."""
-
-
-@dataclass(eq=False)
-class Run:
-    """One adapter's training state. Everything but tensors is in `counters`."""
-
-    spec: RunSpec
-    slot_index: int
-    slot: Slot
-    examples: int = 0
-    steps: int = 0
-    tokens: int = 0
-    loss_tokens: int = 0
-    seconds: float = 0.0
-    status: Status = "running"
-    reason: str = ""
-    grad_norm: float = 0.0
-    last_lr: float = 0.0
-    evaluated: int = 0
-    """Examples at the last evaluation."""
-    since_report: list[tuple[float, int]] = field(default_factory=list)
-    share: Share | None = None
-    """This worker's rest of the global batch; None between two batches."""
-    rows_done: float = 0.0
-    """Rows this pack gave the run: who has least comes next. Not a part of its state."""
-    batch_rows: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    batch_loss_tokens: int = 0
-    batch_nats: torch.Tensor | None = None
-    shortage: Shortage | None = None
-    """A forward of this batch that had no room on this worker: the batch will be done again."""
-
-    COUNTERS = ("examples", "steps", "tokens", "loss_tokens", "seconds")
-
-    @property
-    def counters(self) -> dict[str, Any]:
-        """What a checkpoint must restore beside weights and optimizer state, also one that was written
-        between two evaluations: its next row must be that of a run that nobody disturbed."""
-        between = {
-            "evaluated": self.evaluated,
-            "last_lr": self.last_lr,
-            "grad_norm": self.grad_norm,
-        }
-        between["since_report"] = [list(part) for part in self.since_report]
-        return {name: getattr(self, name) for name in self.COUNTERS} | between
-
-    def restore(self, counters: Mapping[str, Any]) -> None:
-        """Takes over what `counters` gave. Checkpoints of before say nothing of `evaluated` and the like:
-        they were written at evaluations alone."""
-        for name in self.COUNTERS:
-            setattr(self, name, counters[name])
-        self.evaluated = counters.get("evaluated", self.examples)
-        self.last_lr = counters.get("last_lr", 0.0)
-        self.grad_norm = counters.get("grad_norm", 0.0)
-        self.since_report = [(nats, tokens) for nats, tokens in counters.get("since_report", [])]
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the run stands at an evaluation that it has not had: at a multiple of eval_every (the
-        first step at or after it), or at the end of its budget."""
-        if self.share is not None or self.examples == self.evaluated:
-            return False
-        every = self.spec.eval_every
-        ended = self.examples >= self.spec.num_examples
-        return ended or self.examples // every > self.evaluated // every
-
-
-def new_run(pack: Pack, slot_index: int, spec: RunSpec) -> Run:
-    """A run at its first step, with its own AdamW."""
-    return Run(spec=spec, slot_index=slot_index, slot=pack.slots[slot_index])
+from trainers.runs import Run, scheduled_lr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +59,16 @@ OnEvaluation = Callable[[Run, Evaluation], bool]
 """Gets each evaluation; returns whether the run goes on. Called on every worker."""
 
 
+class Watch:
+    """Who wants to know of a pack's forwards; by itself nobody does."""
+
+    def forward(self, parts: Sequence[tuple[Run, np.ndarray]]) -> None:
+        """A forward of these rows, which were just taken, begins."""
+
+    def again(self, run: Run) -> None:
+        """A run's batch is done again."""
+
+
 class Trainer:
     """Trains the runs of a pack, a micro-step at a time."""
 
@@ -196,6 +87,7 @@ class Trainer:
         self.comm = comm or Comm()
         self.head = LossHead(pack)
         self.evaluator = Evaluator(pack, self.head, self.comm)
+        self.watch = Watch()
         self._base_loss: tuple[float, float, float | None] | None = None
 
     def run(self, runs: Sequence[Run], on_evaluation: OnEvaluation) -> None:
@@ -210,20 +102,36 @@ class Trainer:
     def advance(self, active: Sequence[Run]) -> list[Run]:
         """One forward and backward for the runs whose turn it is, and the optimizer steps of those
         whose global batch is full. Returns the runs that stand at an evaluation now."""
-        began = time.perf_counter()
         for run in active:
             if run.share is None:
-                self._begin_batch(run)
+                self.begin_batch(run)
         parts = next_forward(active, self.limits)
-        chosen = [run for run, _ in parts]
+        self.watch.forward(parts)
+        return self.forward(parts)
+
+    def forward(
+        self, parts: Sequence[tuple[Run, np.ndarray]], ghosts: Collection[Run] = ()
+    ) -> list[Run]:
+        """As `advance`, of rows that were taken from the runs' batches.
+
+        Args:
+            ghosts: runs whose rows are there for the forward's shape alone.
+        """
+        began = time.perf_counter()
         self._try_micro_step([(run, rows) for run, rows in parts if run.shortage is None])
+        for ghost in ghosts:
+            ghost.slot.zero_grad()
+        chosen = [run for run, _ in parts if run not in ghosts]
+        for run, rows in parts:
+            run.taken += len(rows)
         full = [run for run in chosen if not run.share]
         self._optimizer_steps(full)
         for run in chosen:
             run.seconds += (time.perf_counter() - began) / len(chosen)
         return [run for run in full if run.status == "running" and run.is_due]
 
-    def _begin_batch(self, run: Run) -> None:
+    def begin_batch(self, run: Run) -> None:
+        """Draws the rows of a run's next global batch."""
         stop = min(run.examples + run.spec.global_batch_size, run.spec.num_examples)
         group = run.spec.global_batch_size if run.spec.group_by_length else None
         rows = self.train_rows.order(run.spec.seed, run.examples, stop, group)
@@ -232,6 +140,7 @@ class Trainer:
         run.batch_rows = rows
         run.batch_loss_tokens = int(self.train_rows.loss_tokens[rows].sum())
         run.batch_nats = run.shortage = None
+        run.taken = 0
 
     def _try_micro_step(self, parts: list[tuple[Run, np.ndarray]]) -> None:
         """A micro-step; where it has no room, the batches that it is of will be done again."""
@@ -282,7 +191,7 @@ class Trainer:
         # The only numbers that the host waits for: once for all runs of this step.
         values = torch.stack([*nats, *(norm.double() for norm in norms)]).tolist()
         for at, run in enumerate(full):
-            run.share, run.grad_norm = None, values[len(full) + at]
+            run.share, run.taken, run.grad_norm = None, 0, values[len(full) + at]
             if self._is_finite(run, values[at] / run.batch_loss_tokens):
                 self._optimizer_step(run, norms[at])
                 self._count(run, values[at])
@@ -296,8 +205,9 @@ class Trainer:
         found = shared([run.shortage for run in full], self.comm, self.train_rows.device)
         short = {run: shortage for run, shortage in zip(full, found, strict=True) if shortage}
         for run, shortage in short.items():
-            run.share = run.shortage = None
+            run.share, run.taken, run.shortage = None, 0, None
             run.slot.zero_grad()
+            self.watch.again(run)
             if shortage.is_single:
                 peak_bytes = self.comm.peak_bytes(self.train_rows.device)
                 run.status, run.reason = "failed", shortage.reason(peak_bytes)

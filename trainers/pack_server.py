@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from trainers.comm import Comm
+from trainers.credentials import masked
 from trainers.integrity import GateError
-from trainers.loop import Run
 from trainers.mirror import forget
 from trainers.paths import TrialPaths
 from trainers.preemption import Notice
 from trainers.recorder import Recorder
+from trainers.replay import Memory, Replay
+from trainers.runs import Run
 from trainers.sft_trainer import Station, TrialSpec
 
 
@@ -80,12 +82,17 @@ class PackServer:
         self.station: Station | None = None
         self.members: dict[str, Member] = {}
         self.notice: Notice | None = None
+        self.memory: Memory | None = None
+        """Set where forwards are to be done again after a death."""
+        self.replay: Replay | None = None
+        self.stands = False
+        """Whether what is done again waits for an evaluation to be asked for."""
 
     def serve(self) -> None:
         """Runs until the command `stop`."""
         while True:
             active = [m.run for m in self.members.values() if m.run.status == "running"]
-            for command in self.comm.share(self._heard(idle=not active)):
+            for command in self.comm.share(self._heard(idle=not active or self.stands)):
                 if command["kind"] == "stop":
                     return
                 self._obey(command)
@@ -101,7 +108,7 @@ class PackServer:
 
     def _obey(self, command: dict[str, Any]) -> None:
         if command["kind"] == "enter":
-            self._enter(TrialSpec.from_dict(command["trial"]), command["index"])
+            self._enter(command["trial"], command["index"])
         elif command["kind"] == "look":
             self._look()
         elif (member := self.members.get(command["trial"])) is None:
@@ -114,7 +121,8 @@ class PackServer:
         else:
             self._leave(member)
 
-    def _enter(self, spec: TrialSpec, index: int) -> None:
+    def _enter(self, trial: dict[str, Any], index: int) -> None:
+        spec = TrialSpec.from_dict(trial)
         if spec.name in self.members:
             return
         if self.notice is not None:  # it was given before the notice was heard
@@ -129,6 +137,8 @@ class PackServer:
         # A newcomer would lead every forward until it had caught up with the others.
         run.rows_done = min((m.run.rows_done for m in self.members.values()), default=0.0)
         member = self.members[spec.name] = Member(spec, run, recorder, index)
+        if self.memory is not None:
+            self.memory.enter(trial, run)
         for number, row in enumerate(recorder.trained_rows):
             self._tell_row(member, number, row)
         if run.status == "running" and run.examples == 0:
@@ -152,17 +162,33 @@ class PackServer:
         if self.comm.world_rank == 0:
             Recorder.write_failure(TrialPaths(spec.folder), error, 0, 0)
         forget(spec.folder)
-        self._tell({"kind": "end", "trial": spec.name, "status": "failed", "reason": str(error)})
+        reason = masked(str(error))
+        self._tell({"kind": "end", "trial": spec.name, "status": "failed", "reason": reason})
 
     def _advance(self) -> None:
         runs = {m.run: m for m in self.members.values() if m.run.status == "running"}
         if not runs:
             return
-        assert self.station is not None
-        for run in self.station.trainer.advance(list(runs)):
+        for run in self._forward(list(runs)):
             self._arrive(runs[run])
         for member in runs.values():
             self._conclude(member)
+
+    def _forward(self, active: list[Run]) -> list[Run]:
+        """The next forward: one that is to be done again, or a new one."""
+        assert self.station is not None
+        if self.memory is not None:
+            self.station.trainer.watch = self.memory
+            if not self.memory.has_begun:
+                self.replay = self.memory.begin(self.station)
+        if self.replay is None:
+            return self.station.trainer.advance(active)
+        due = self.replay.step({name: member.run for name, member in self.members.items()})
+        self.stands = due is None
+        if not self.replay.forwards:
+            self.replay.end()
+            self.replay = None
+        return due or []
 
     def _arrive(self, member: Member) -> None:
         """A run stands at an evaluation."""
@@ -175,6 +201,8 @@ class PackServer:
         """Evaluates, writes, and tells; what a scheduler sees is on disk."""
         index = member.next_index
         self._recorded(member)
+        if self.memory is not None:
+            self.memory.compact({m.name: m.recorder.saved_steps for m in self.members.values()})
         if member.run.status not in ("diverged", "failed"):
             self._tell_row(member, index, member.recorder.rows[-1])
         self._conclude(member)
@@ -207,6 +235,8 @@ class PackServer:
     def _leave(self, member: Member) -> None:
         assert self.station is not None
         del self.members[member.name]
+        if self.memory is not None:
+            self.memory.leave(member.run)
         if self.notice is not None:
             self.notice.unsaved.discard(member.name)
         self.station.leave(member.run)

@@ -80,6 +80,10 @@ class RunPaths:
         """The worker groups as they ran: places, and what the first group measured."""
         return self.root / "packs.json"
 
+    def composition(self, group: str) -> Path:
+        """Whose rows shared the forwards of a worker group; see trainers/composition.py."""
+        return self.root / "composition" / f"{group}.jsonl"
+
     @property
     def lock(self) -> Path:
         """Held by the driver while it lives."""

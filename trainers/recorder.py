@@ -8,9 +8,10 @@ from typing import Any
 
 from trainers.checkpoint import save_checkpoint
 from trainers.checkpoint_folder import Checkpoint, copy_weights, put_back
+from trainers.credentials import masked
 from trainers.gate import Probe
 from trainers.integrity import GateError, sealed_row, sound_rows
-from trainers.loop import Evaluation, Run
+from trainers.loop import Evaluation
 from trainers.metrics import best_row
 from trainers.object_store import StoreError
 from trainers.paths import (
@@ -22,6 +23,7 @@ from trainers.paths import (
     write_state,
     write_text,
 )
+from trainers.runs import Run
 from trainers.trial_spec import Report, TrialSpec
 
 
@@ -121,6 +123,11 @@ class Recorder:
         )
 
     @property
+    def saved_steps(self) -> int:
+        """Steps at the last evaluation: a checkpoint is not older."""
+        return self.rows[-1]["steps"] if self.rows else 0
+
+    @property
     def trained_rows(self) -> list[dict[str, Any]]:
         """The rows after the untouched base's."""
         return [row for row in self.rows if row["steps"] > 0]
@@ -153,11 +160,11 @@ class Recorder:
         """status.json of a trial."""
         write_state(
             paths.status,
-            {"status": status, "reason": reason, "examples": examples, "steps": steps},
+            {"status": status, "reason": masked(reason), "examples": examples, "steps": steps},
         )
 
     @classmethod
     def write_failure(cls, paths: TrialPaths, error: Exception, examples: int, steps: int) -> None:
         """error.txt and status.json of a trial that failed."""
-        write_text(paths.error, "".join(traceback.format_exception(error)))
+        write_text(paths.error, masked("".join(traceback.format_exception(error))))
         cls.write_status(paths, "failed", str(error), examples, steps)

@@ -29,7 +29,7 @@ from trainers.full import BaseWeights, unfreeze
 from trainers.gate import Probe, require_expressible
 from trainers.head import check_head, check_packing
 from trainers.integrity import DamagedError, GateError
-from trainers.loop import Run, Trainer, new_run
+from trainers.loop import Trainer
 from trainers.measure import measure_max_tokens
 from trainers.meta_shape import shape_of_config
 from trainers.metrics import best_row
@@ -40,6 +40,7 @@ from trainers.paths import (
     read_json_lines,
 )
 from trainers.recorder import Recorder
+from trainers.runs import Run, RunSpec, new_run
 from trainers.slots import AdapterSpec
 from trainers.speed import measured_once, read_speed
 from trainers.targets import matching_layers
@@ -261,6 +262,11 @@ class Station:
         if run.examples >= spec.num_examples and not run.is_due:
             run.status = "finished"
         return run, Recorder(spec, self.probe, paths, report, checkpoint)
+
+    def stand_in(self, candidate: Candidate, spec: RunSpec) -> Run:
+        """A run that has a candidate's shape, and learns nothing (see replay.py)."""
+        slot = 0 if self.full_finetune else self._entered(candidate)
+        return new_run(self.pack, slot, spec)
 
     def _entered(self, candidate: Candidate) -> int:
         """The slot of a new adapter, on all workers or on none."""

@@ -36,10 +36,11 @@ from trainers.cpu import keep_freed_memory
 from trainers.dropout import DropoutTokens
 from trainers.full import unfreeze
 from trainers.head import LossHead, vocabulary_size
-from trainers.loop import RunSpec, Trainer, new_run
+from trainers.loop import Trainer
 from trainers.measure import now, random_rows
 from trainers.meta_shape import shape_of_config
 from trainers.paths import read_json, replace_folder, temporary_folder, write_json
+from trainers.runs import RunSpec, new_run
 from trainers.slots import AdapterSpec
 
 ENDLESS = 10**9
@@ -130,7 +131,7 @@ def write_random_weights(folder: Path) -> None:
         return
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     temporary = temporary_folder(folder)
     model.save_pretrained(temporary)
     replace_folder(temporary, folder)

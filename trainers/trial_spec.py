@@ -8,8 +8,8 @@ from typing import Any, cast
 from search_spaces.candidate import Candidate
 from trainers.base_spec import BaseSpec
 from trainers.data import DataSpec
-from trainers.loop import RunSpec
 from trainers.mirror import local_folder
+from trainers.runs import RunSpec
 
 DEFAULT_MAX_TOKENS = 2048
 """Tokens of one forward where nothing was measured."""

@@ -12,9 +12,14 @@ import ray.train.torch
 import torch
 
 from trainers.comm import Comm
+from trainers.composition import CompositionLog
+from trainers.credentials import masked
 from trainers.metrics import DIVERGED_LOSS
+from trainers.mirror import mirror_of
 from trainers.object_store import StoreError
 from trainers.pack_server import PackServer
+from trainers.paths import RunPaths
+from trainers.replay import Memory
 from trainers.run_lock import hold_run
 from trainers.sft_trainer import Station, TrialSpec, recorded_rows, train_trial
 
@@ -77,6 +82,15 @@ def serve_worker(config: dict[str, Any]) -> None:
         _serve(link, comm, spec, config["measure"])
 
 
+def _remembers(server: PackServer, spec: TrialSpec, group: str) -> None:
+    """Lets a group do its forwards again after a death. On a GPU no two executions share their last bits, and
+    a copy of a run on an object store dies with its process."""
+    assert server.station is not None
+    if server.station.model.device.type == "cpu" and mirror_of(spec.folder) is None:
+        run = RunPaths(spec.folder.parents[1])
+        server.memory = Memory(CompositionLog(run.composition(group)), server.comm)
+
+
 def _serve(link: "BrokerLink", comm: Comm, warm: TrialSpec, measure: dict[str, Any]) -> None:
     began = time.perf_counter()
     server = PackServer(link, comm, Station)
@@ -84,6 +98,7 @@ def _serve(link: "BrokerLink", comm: Comm, warm: TrialSpec, measure: dict[str, A
         server.station = Station(warm, comm)
         coverage = server.station.coverage(warm.candidate)
         measured = server.station.measure(**measure)
+        _remembers(server, warm, link.group)
     except Exception as error:  # the boundary: Train would start a group that cannot load for ever
         link.lose(f"{type(error).__name__}: {error}")
         return
@@ -133,7 +148,7 @@ class BrokerLink:
 
     def lose(self, reason: str) -> None:
         """Says that the group cannot serve."""
-        ray.get(self.broker.lose.remote(self.group, reason))
+        ray.get(self.broker.lose.remote(self.group, masked(reason)))
 
     def hello(self, info: dict[str, Any]) -> None:
         """Says that the group is ready, and what it measured."""

@@ -678,10 +678,10 @@ def test_one_run_death_of_a_worker_counts_once_for_every_trial_and_keeps_their_o
     assert placed(board) == {"g": [], "h": []}
     assert waiting(board) == ["a", "c", "b", "d", "e"]  # those of g, those of h, who waited
     board.hello("h", "second", {})
-    assert placed(board) == {"g": [], "h": ["a", "c"]}
+    assert placed(board) == {"g": [], "h": ["b", "d"]}  # each where its forwards are known
     board.begin("g", "second")  # of the same death
     board.hello("g", "second", {})
-    assert placed(board) == {"g": ["b", "d"], "h": ["a", "c"]}
+    assert placed(board) == {"g": ["a", "c"], "h": ["b", "d"]}
     assert [board.entries[name].blame.deaths for name in "abcde"] == [1, 1, 1, 1, 0]
 
 
@@ -693,7 +693,7 @@ def test_one_run_death_of_one_group_s_worker_is_laid_to_its_own_trials_alone():
     assert [board.entries[name].blame.deaths for name in "ab"] == [0, 1]
     for name in ("g", "h"):
         ready(board, name, "second")
-    assert placed(board) == {"g": ["b"], "h": ["a"]}
+    assert placed(board) == {"g": ["a"], "h": ["b"]}  # each where its forwards are known
 
 
 def test_one_run_group_that_still_loads_does_not_hide_the_next_death_of_the_other():
@@ -733,6 +733,17 @@ def test_one_run_trial_that_kills_its_worker_fails_alone_and_takes_no_other_with
             ready(board, group, f"after {deaths}")
     assert deaths == MAX_DEATHS
     assert [board.entries[name].blame.deaths for name in "bc"] == [0, 0]
+
+
+def test_enlisted_trials_go_to_the_groups_that_an_earlier_driver_gave_them():
+    board = Board(num_groups=2, one_run=True)
+    board.enlist([(trial(name), 0) for name in "abcd"], {"a": "h", "b": "h", "c": "g", "d": "k"})
+    board.open(2)
+    board.gone("h", 0.0)
+    ready(board, "g")
+    assert placed(board) == {"g": ["c", "d"]}  # there is no group k any more
+    ready(board, "h")
+    assert placed(board) == {"g": ["c", "d"], "h": ["a", "b"]}
 
 
 # Who may share a group
@@ -920,9 +931,16 @@ class Sweep:
         innocent = {entry.name for entry in group.trials if not entry.blame.cohort}
         assert not cohorts or innocent <= self.cleared
 
+    def _comes_back(self, name: str | None) -> bool:
+        """Whether a group was there, is not lost, and has no workers now."""
+        known = name is not None and name in self.board.groups
+        return known and not self.board.groups[name].lost and name not in self.living
+
     def _check_that_nobody_waits_in_vain(self) -> None:
         ready = [g for g in self.board.groups.values() if g.incarnation and not g.leaving]
         for entry in self.board.queue:
+            if self.one_run and self._comes_back(entry.home):
+                continue  # it waits for the group whose forwards it shared
             needs_itself = "full" in self.kinds[entry.name] or entry.blame.cohort
             for group in ready:
                 assert group.trials, f"{entry.name} waits, and a group is empty"

@@ -249,3 +249,12 @@ def test_broker_names_the_controllers_of_groups_without_workers():
         {"f": None},
         {"f": None, "g": "controller of g"},
     ]
+
+
+def test_how_it_died_is_the_telling_line_of_what_ray_wraps():
+    class Wrapped(Exception):
+        health_check_failure = RuntimeError("first\nWorker exit type: SYSTEM_ERROR\nlast")
+
+    assert how_it_died(Wrapped()) == "RuntimeError: Worker exit type: SYSTEM_ERROR"
+    assert how_it_died(ValueError("x is 3")) == "ValueError: x is 3"
+    assert how_it_died(ValueError()) == "ValueError: "

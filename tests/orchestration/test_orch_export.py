@@ -22,8 +22,8 @@ from trainers.base_spec import BaseSpec
 from trainers.checkpoint import save_weights
 from trainers.data import DataSpec
 from trainers.integrity import check_folder, seal_folder
-from trainers.loop import RunSpec, new_run
 from trainers.paths import RunPaths, read_state, write_json, write_json_lines, write_state
+from trainers.runs import RunSpec, new_run
 from trainers.slots import AdapterSpec
 
 IDS = torch.arange(3, 67).view(2, 32)

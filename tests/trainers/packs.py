@@ -10,7 +10,8 @@ from trainers.adapters import Pack
 from trainers.batches import RowSource
 from trainers.comm import Comm
 from trainers.composer import ForwardLimits
-from trainers.loop import Run, RunSpec, Trainer, new_run
+from trainers.loop import Trainer
+from trainers.runs import Run, RunSpec, new_run
 from trainers.slots import AdapterSpec
 
 CPU = torch.device("cpu")

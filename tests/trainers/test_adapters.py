@@ -11,7 +11,7 @@ from search_spaces.architecture import LinearShape, ModelShape
 from tests.trainers.tiny import tiny_model
 from trainers.adapters import inject
 from trainers.checkpoint import save_weights
-from trainers.loop import RunSpec, new_run
+from trainers.runs import RunSpec, new_run
 from trainers.slots import AdapterSpec
 
 IDS = torch.tensor([[5, 17, 200, 33, 9, 81, 3, 44]])

@@ -26,8 +26,9 @@ from trainers.composer import ForwardLimits
 from trainers.experts import from_peft, peft_shape, to_peft
 from trainers.gate import require_expressible
 from trainers.head import check_head
-from trainers.loop import Run, RunSpec, Trainer, new_run
+from trainers.loop import Trainer
 from trainers.meta_shape import shape_of_config
+from trainers.runs import Run, RunSpec, new_run
 from trainers.slots import AdapterSpec
 
 # PEFT warns of each Linear head beside Conv1D layers, and that experts have a rank of their own.

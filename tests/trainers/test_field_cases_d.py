@@ -16,8 +16,9 @@ from trainers.base_model import nf4_config
 from trainers.batches import RowSource
 from trainers.comm import Comm
 from trainers.composer import ForwardLimits
-from trainers.loop import RunSpec, Trainer, new_run
+from trainers.loop import Trainer
 from trainers.paths import read_json, write_json
+from trainers.runs import RunSpec, new_run
 from trainers.sharding import zero3_config
 
 CPU = torch.device("cpu")

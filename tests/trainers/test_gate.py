@@ -25,9 +25,9 @@ from trainers.comm import Comm
 from trainers.full import unfreeze
 from trainers.gate import GateError, Probe, check_saved
 from trainers.integrity import seal_folder
-from trainers.loop import RunSpec, new_run
 from trainers.pack_server import PackServer
 from trainers.paths import TrialPaths, previous_of, read_json, read_json_lines, read_state
+from trainers.runs import RunSpec, new_run
 from trainers.sft_trainer import Station, TrialSpec, train_trial
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"

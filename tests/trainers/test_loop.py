@@ -17,7 +17,8 @@ from trainers.adapters import inject
 from trainers.batches import RowSource, example_order
 from trainers.composer import ForwardLimits
 from trainers.full import unfreeze
-from trainers.loop import Run, RunSpec, Trainer, new_run, scheduled_lr
+from trainers.loop import Trainer
+from trainers.runs import Run, RunSpec, new_run, scheduled_lr
 from trainers.slots import AdapterSpec
 
 CPU = torch.device("cpu")
@@ -134,7 +135,7 @@ def test_loop_first_step_every_lora_b_has_a_gradient(rows, held_out):
     pack = inject(model, [adapter_spec(model)])
     trainer = Trainer(pack, RowSource(rows, 0, CPU), RowSource(held_out, 0, CPU), limits=LIMITS)
     run = new_run(pack, 0, SPEC)
-    trainer._begin_batch(run)
+    trainer.begin_batch(run)
     trainer._micro_step([run], [run.share.rows])
     b_gradients = {n: g for n, g in run.slot.gradients.items() if ".lora_B." in n}
     assert len(b_gradients) == 2 * 7 + 1

@@ -16,8 +16,8 @@ from trainers.base_model import load_base
 from trainers.base_spec import BaseSpec
 from trainers.checkpoint import ADAPTER_FILE, save_weights
 from trainers.gate import GateError
-from trainers.loop import new_run
 from trainers.merge import merge_adapter
+from trainers.runs import new_run
 from trainers.slots import AdapterSpec
 
 pytestmark = pytest.mark.filterwarnings(

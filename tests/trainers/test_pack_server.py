@@ -164,9 +164,9 @@ def test_server_stop_ends_at_once_in_the_middle_of_training(make):
 
 def test_server_diverging_trial_ends_with_its_reason_and_its_neighbour_goes_on(make, alone, fp64):
     good = make("good", base=fp64)
-    bad = make(
-        "bad", base=fp64, learning_rate=1e200, max_grad_norm=0.0, warmup=0.0, global_batch_size=2
-    )
+    # Each step multiplies the weights by 1e30.
+    grows = {"learning_rate": 1e15, "weight_decay": 1e15, "max_grad_norm": 0.0, "warmup": 0.0}
+    bad = make("bad", base=fp64, global_batch_size=2, **grows)
     link = FakeLink([enter(good), enter(bad)])
     server = serve(link)
     end = link.end(bad)

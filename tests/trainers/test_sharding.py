@@ -21,8 +21,9 @@ from trainers.base_spec import BaseSpec
 from trainers.batches import RowSource
 from trainers.comm import Comm
 from trainers.composer import ForwardLimits
-from trainers.loop import Trainer, new_run
+from trainers.loop import Trainer
 from trainers.paths import read_json, write_json
+from trainers.runs import new_run
 from trainers.sharded_loading import LayerLoader, WeightFiles
 from trainers.sharding import Sharding
 

@@ -109,7 +109,7 @@ def test_station_for_another_kind_of_trial_keeps_the_measured_forward(data_file,
 
 
 def test_trial_diverging_ends_with_a_reason_and_keeps_its_rows(data_file, tmp_path):
-    candidate = replace(CANDIDATE, learning_rate=1e30, max_grad_norm=0.0, warmup=0.0)
+    candidate = replace(CANDIDATE, learning_rate=1e15, max_grad_norm=0.0, warmup=0.0)
     result = train_trial(trial(data_file, tmp_path / "t", candidate=candidate), lambda row: True)
     assert result.status == "diverged"
     assert "nan" in result.reason or "inf" in result.reason

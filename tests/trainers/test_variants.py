@@ -17,9 +17,10 @@ from trainers.base_spec import BaseSpec
 from trainers.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from trainers.dora import adapted_norms, dense_weight, row_norms
 from trainers.gradient_checkpointing import recompute_layers
-from trainers.loop import Run, Trainer, new_run
+from trainers.loop import Trainer
 from trainers.merge import merge_adapter
 from trainers.pissa import principal
+from trainers.runs import Run, new_run
 from trainers.slots import AdapterSpec
 
 pytestmark = pytest.mark.filterwarnings(
