@@ -6,11 +6,13 @@ from typing import Any
 
 from ray import tune
 
+from orchestration.mending import sound_record
 from orchestration.progress import Progress
-from orchestration.results import fetch_records, mark_ended, notes_of, read_trial
+from orchestration.results import fetch_records, notes_of, read_trial
 from orchestration.tracking import Tracker
+from trainers.credentials import masked
 from trainers.mirror import send_rest
-from trainers.paths import RunPaths, copy_file
+from trainers.paths import RunPaths, write_text
 
 
 class Ledger(tune.Callback):
@@ -83,11 +85,10 @@ class Ledger(tune.Callback):
         paths = self.run.trial(trial_name(trial))
         self.on_end(trial_name(trial))
         fetch_records(paths)
-        mark_ended(paths, status, reason)
+        record = sound_record(paths, status, reason, self.progress.say)
         if _has_error_file(trial):
-            copy_file(Path(trial.error_file), paths.error)
+            write_text(paths.error, masked(_error_text(trial)))
         self._say_notes(trial_name(trial))
-        record = read_trial(paths)
         self.progress.ended(record.name, record.status, record.reason)
         for tracker in self.trackers:
             tracker.finish(record)
@@ -110,11 +111,14 @@ def _has_error_file(trial: Any) -> bool:
     return bool(trial.error_file) and Path(trial.error_file).exists()
 
 
+def _error_text(trial: Any) -> str:
+    return Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
+
+
 def error_line(trial: Any) -> str:
     """The last line of a failed trial's traceback that names an error."""
     if not _has_error_file(trial):
         return "no error was recorded"
-    text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
-    lines = text.strip().splitlines()
+    lines = masked(_error_text(trial)).strip().splitlines()
     telling = [line.strip() for line in lines if "Error" in line and not line.startswith(" ")]
     return (telling[-1] if telling else lines[-1].strip())[:300]

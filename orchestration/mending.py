@@ -13,7 +13,7 @@ from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
-from orchestration.results import TrialRecord, best_trial, mark_ended, read_trials
+from orchestration.results import TrialRecord, best_trial, mark_ended, read_trial, read_trials
 from orchestration.rungs import RungLedger
 from trainers.checkpoint_folder import Checkpoint, copy_weights, find_checkpoint
 from trainers.integrity import DamagedError, check_folder, sound_rows
@@ -50,10 +50,26 @@ def mend(run: RunPaths, planned: Set[str], say: Say) -> None:
         )
     for folder in sorted(run.trials.iterdir()):
         if folder.is_dir() and (folder / "config.json").exists():
-            _mend_trial(TrialPaths(folder), planned, say)
+            mend_trial(TrialPaths(folder), planned, say)
 
 
-def _mend_trial(paths: TrialPaths, planned: Set[str], say: Say) -> None:
+def sound_record(paths: TrialPaths, status: str, reason: str, say: Say) -> TrialRecord:
+    """A trial that has just ended, as it is on disk, with its files mended where they are damaged.
+
+    Args:
+        status: how it ended, where its worker did not write that.
+    """
+    try:
+        mark_ended(paths, status, reason)
+        return read_trial(paths)
+    except DamagedError:
+        mend_trial(paths, set(), say)
+        mark_ended(paths, status, reason)
+        return read_trial(paths)
+
+
+def mend_trial(paths: TrialPaths, planned: Set[str], say: Say) -> None:
+    """Mends one trial; see `mend`."""
     config = _config(paths, planned, say)
     _mend_metrics(paths, say)
     if paths.status.exists() and (problem := _problem(paths.status)):

@@ -18,6 +18,7 @@ from orchestration.console import PlainConsole
 from orchestration.exit_codes import INTERRUPTED, NO_RESULT
 from orchestration.measured import measured_of
 from orchestration.memory_rule import trial_demand
+from orchestration.mending import mend
 from orchestration.models import require_weights
 from orchestration.packs import plan_packs
 from orchestration.placing import packs_sentence, shown_packs, way_line
@@ -29,6 +30,7 @@ from orchestration.results_table import show_results
 from orchestration.run_folder import driving, run_at, run_in, storage_of
 from orchestration.runtime_env import share_cache
 from orchestration.show import cut_ranks
+from search_spaces.candidate import trial_name
 from trainers.base_fetch import commit_of
 from trainers.base_spec import NOT_QUANTIZED
 from trainers.mirror import fetch_all_records, shown
@@ -371,10 +373,13 @@ def _conclude(run: RunPaths, plan: Plan, console: Console) -> int:
     from orchestration.sweep import finish
 
     assert plan.data_spec is not None
+    planned = {trial_name(candidate) for candidate in plan.pruned.admitted}
+    mend(run, planned, console.print)
     records, best = finish(run, tokenizer_files(plan.data_spec), console.print)
     write_report(run)
     show_results(records, best, run, len(plan.pruned.discarded), console)
     unended = sum(record.status == "unfinished" for record in records)
+    unended += len(planned - {record.name for record in records})
     if signals.received():
         unended += max(0, plan.num_proposed - len(records))  # nobody has asked for those yet
     if unended:  # Tune answers a signal by ending its loop: what has no end was interrupted

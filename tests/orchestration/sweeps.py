@@ -19,15 +19,30 @@ FUNCTIONS = ROOT / "trainers" / "assets" / "demo" / "functions.jsonl"
 TIMEOUT_S = 800
 
 
-def start(folder: Path, *arguments: str, cache: str = "cache") -> subprocess.Popen[str]:
-    """Starts `tenfold ...` in a folder, with its cache there."""
+def start(
+    folder: Path,
+    *arguments: str,
+    cache: str = "cache",
+    module: str = "orchestration.cli",
+    own_session: bool = False,
+    **variables: str,
+) -> subprocess.Popen[str]:
+    """Starts `tenfold ...` in a folder, with its cache there.
+
+    Args:
+        module: what takes the place of `tenfold` (see stubs.py).
+        own_session: as a terminal starts it: its process group can be signalled.
+        variables: of its environment.
+    """
+    places = {"TENFOLD_CACHE": str(folder / cache), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-m", "orchestration.cli", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=folder,
-        env=os.environ | {"TENFOLD_CACHE": str(folder / cache), "PYTHONPATH": str(ROOT)},
+        env=os.environ | places | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=own_session,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -174,11 +175,9 @@ def asha(run: RunPaths):
 
 
 def judge(scheduler, name: str, examples: int, loss: float) -> str:
-    class Trial:
-        config = {"trial": {"name": name}}
-
+    trial = SimpleNamespace(config={"trial": {"name": name}})
     result = {"examples": examples, "eval_loss": loss}
-    return scheduler.on_trial_result(None, Trial(), result)
+    return scheduler.on_trial_result(None, trial, result)
 
 
 def test_mend_a_damaged_decision_is_left_out_and_the_others_stand(run):
@@ -204,12 +203,12 @@ def test_mend_a_damaged_decision_is_left_out_and_the_others_stand(run):
 
 def test_choose_takes_the_best_whose_weights_are_whole(run):
     said: list[str] = []
-    records, best = choose(run, said.append)
+    _, best = choose(run, said.append)
     assert best is not None
     assert best.name == "first"
     assert said == []
     flip(run.trial("first").best / WEIGHTS)
-    records, best = choose(run, said.append)
+    _records, best = choose(run, said.append)
     assert best is not None
     assert best.name == "first"
     (line,) = said
@@ -232,7 +231,7 @@ def test_choose_weights_that_nothing_holds_fail_their_trial(run):
     assert read_state(first.status)["reason"].startswith("its best weights are damaged: ")
     assert {record.name for record in records} == set(NAMES)
     flip(second.best / WEIGHTS)  # its checkpoint is of another evaluation
-    records, best = choose(run, said.append)
+    _, best = choose(run, said.append)
     assert best is None
     assert len(said) == 2
 

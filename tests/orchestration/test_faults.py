@@ -1,0 +1,190 @@
+"""What kills, starves or damages a real sweep, and that it ends in the numbers of an undisturbed one."""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.orchestration.sweeps import (
+    FUNCTIONS,
+    ROOT,
+    ended,
+    losses,
+    resume,
+    start,
+    statuses,
+    sweep,
+    told,
+    wait_until,
+    write_config,
+)
+from tests.orchestration.test_orch_resume import assert_gone, kill, one_ended_one_begun, rungs
+from trainers.integrity import check_folder
+from trainers.paths import read_state
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.faults]
+INJECTED = Path(__file__).with_name("injected")
+RATES = [1e-3, 3e-3, 1e-2]
+# One adapter a group: the composition of a pack is then the same whenever a trial enters, and the numbers
+# of a disturbed run must be equal, not near.
+CONFIG = {
+    "lora_rank": 4,
+    "learning_rate": RATES,
+    "examples": 160,
+    "eval_every": 32,
+    "quantization": "none",
+    "dtype": "fp32",
+    "pack_size": 1,
+    "scheduler": "fifo",
+    "data": "functions.jsonl",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the sweep `whole` ran to its end, and others may run beside it."""
+    folder = tmp_path_factory.mktemp("faults")
+    shutil.copyfile(FUNCTIONS, folder / "functions.jsonl")
+    _, done = sweep(folder, name="whole", **CONFIG)
+    assert done.returncode == 0, told(done)
+    return folder
+
+
+def ended_with(folder: Path, fault: str) -> subprocess.CompletedProcess[str]:
+    """Runs a sweep to its end, with a fault in its workers (see injected/sitecustomize.py)."""
+    places = {"TENFOLD_TEST_FAULT": fault, "PYTHONPATH": f"{INJECTED}:{ROOT}"}
+    return ended(start(folder, "sweep", "sweep.yaml", **places))
+
+
+def assert_as_whole(folder: Path, run: Path) -> None:
+    """Every trial finished with the numbers of the undisturbed sweep, and so did the scheduler."""
+    whole = folder / "runs" / "whole"
+    assert {status["status"] for status in statuses(run).values()} == {"finished"}
+    assert losses(run) == losses(whole)
+    assert rungs(run) == rungs(whole)
+    check_folder(run / "best")
+
+
+def rate_of(run: Path, name: str) -> float:
+    return read_state(run / "trials" / name / "config.json")["candidate"]["learning_rate"]
+
+
+@pytest.mark.parametrize("number", [1, 17])
+def test_sweep_whose_worker_is_killed_at_some_step_ends_in_undisturbed_numbers(folder, number):
+    run = write_config(folder, name=f"killed-{number}", **CONFIG)
+    mark = folder / f"mark-{number}"
+    done = ended_with(folder, f"kill-once {mark} {number}")
+    assert done.returncode == 0, told(done)
+    assert mark.exists()
+    assert_as_whole(folder, run)
+
+
+def is_writing(run: Path) -> bool:
+    return any(run.glob("trials/*/.checkpoint.*.tmp"))
+
+
+def has_no_checkpoint(run: Path) -> bool:
+    return (run / "packs.json").is_file() and not any(run.glob("trials/*/checkpoint"))
+
+
+@pytest.mark.parametrize("moment", [has_no_checkpoint, is_writing])
+def test_sweep_whose_driver_is_killed_resumes_to_undisturbed_numbers(folder, moment):
+    run = write_config(folder, name=f"driver-{moment.__name__}", **CONFIG)
+    driver = start(folder, "sweep", "sweep.yaml")
+    wait_until(lambda: moment(run), driver)
+    assert_gone(kill(driver))
+    done = resume(folder, run.name)
+    assert done.returncode == 0, told(done)
+    assert_as_whole(folder, run)
+    assert not list(run.rglob("*.tmp"))
+
+
+def with_previous(run: Path) -> list[Path]:
+    """Trials that have no end, and more than one checkpoint."""
+    kept = (path.parent for path in run.glob("trials/*/.checkpoint.old"))
+    return [t for t in kept if (t / "checkpoint").is_dir() and not (t / "status.json").exists()]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def test_sweep_resumed_over_damaged_files_says_so_and_ends_in_undisturbed_numbers(folder):
+    run = write_config(folder, name="damaged", **CONFIG)
+    driver = start(folder, "sweep", "sweep.yaml")
+    wait_until(lambda: run.exists() and one_ended_one_begun(run) and with_previous(run), driver)
+    assert_gone(kill(driver))
+    over = sorted(statuses(run))
+    flip(with_previous(run)[0] / "checkpoint" / "adapter_model.safetensors")
+    flip(run / "trials" / over[0] / "status.json")
+    flip(run / "trials" / over[0] / "metrics.jsonl")
+    flip(run / "trials" / over[0] / "best" / "adapter_model.safetensors")
+    done = resume(folder, "damaged")
+    assert done.returncode == 0, told(done)
+    text = " ".join(done.stdout.split())
+    assert "adapter_model.safetensors: its SHA-256 is not the one that was written down" in text
+    assert "the checkpoint before it is taken, of" in text, text
+    assert "status.json: must end in the checksum of what it holds" in text
+    assert "is damaged; the rows of the trial's checkpoint are taken" in text
+    assert_as_whole(folder, run)
+    assert "Damaged files" in (run / "report.html").read_text()
+    flip(run / "plan.json")
+    refused = resume(folder, "damaged")
+    assert refused.returncode == 2
+    (line,) = refused.stderr.strip().splitlines()
+    assert "plan.json: must end in the checksum of what it holds" in line
+
+
+def near(run: Path, whole: Path) -> None:
+    """Losses that differ by rounding alone: forwards of another size."""
+    expected = losses(whole)
+    for name, found in losses(run).items():
+        assert found == [(at, pytest.approx(loss, abs=1e-4)) for at, loss in expected[name]]
+
+
+def test_sweep_without_memory_for_its_forwards_halves_them_and_keeps_its_numbers(folder):
+    run = write_config(folder, name="halved", **CONFIG)
+    done = ended_with(folder, "no-room 512")
+    assert done.returncode == 0, told(done)
+    assert {status["status"] for status in statuses(run).values()} == {"finished"}
+    near(run, folder / "runs" / "whole")
+
+
+def test_sweep_with_a_trial_that_does_not_fit_fails_it_with_its_bytes_and_no_neighbour(folder):
+    run = write_config(folder, name="too-large", **CONFIG | {"pack_size": 3})
+    done = ended_with(folder, f"no-room-for {RATES[1]}")
+    assert done.returncode == 0, told(done)
+    ends = {rate_of(run, name): status for name, status in statuses(run).items()}
+    assert [ends[rate]["status"] for rate in RATES] == ["finished", "failed", "finished"]
+    assert f"tried to allocate {1 << 50} bytes" in ends[RATES[1]]["reason"]
+    found, expected = losses(run), losses(folder / "runs" / "whole")
+    for name in found:
+        if rate_of(run, name) != RATES[1]:
+            assert found[name] == [(n, pytest.approx(x, abs=1e-4)) for n, x in expected[name]]
+
+
+def test_sweep_with_an_adapter_that_kills_its_worker_finds_it_and_ends_the_others(tmp_path):
+    rates = [1e-3, 2e-3, 3e-3, 5e-3]
+    config: dict[str, Any] = CONFIG | {
+        "learning_rate": rates,
+        "pack_size": 4,
+        "data": str(FUNCTIONS),
+    }
+    run = write_config(tmp_path, **config)
+    values = yaml.safe_load((tmp_path / "sweep.yaml").read_text())
+    assert values["pack_size"] == 4
+    done = ended_with(tmp_path, f"kill {rates[2]} 3")
+    assert done.returncode == 0, told(done)
+    ends = {rate_of(run, name): status for name, status in statuses(run).items()}
+    assert [ends[rate]["status"] for rate in rates] == [
+        "finished",
+        "finished",
+        "failed",
+        "finished",
+    ]
+    assert "at last with no other trial beside it" in ends[rates[2]]["reason"]
