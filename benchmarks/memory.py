@@ -145,7 +145,9 @@ def measured_loads() -> list[dict[str, Any]]:
     config = llama(2048, num_hidden_layers=8, intermediate_size=7168, vocab_size=32000)
     shape, rows = ModelShape.from_config(config.to_dict()), []
     with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, trust_remote_code=False
+        ).save_pretrained(folder)
         for dtype, size in (("bf16", 2), ("fp32", 4)):
             holding = BaseHolding(quantized=True, compute_bytes=size)
             with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -178,7 +180,9 @@ def _load_growth(folder: str, dtype: str) -> tuple[int, int]:
     with (
         tempfile.TemporaryDirectory() as small
     ):  # what the first load of all imports is no part of it
-        AutoModelForCausalLM.from_config(llama(64), dtype=torch.bfloat16).save_pretrained(small)
+        AutoModelForCausalLM.from_config(
+            llama(64), dtype=torch.bfloat16, trust_remote_code=False
+        ).save_pretrained(small)
         load_base(BaseSpec(model=small, dtype=dtype), CPU)
     before, ended = _anonymous_bytes(), threading.Event()
     peaks = [before]

@@ -50,7 +50,9 @@ class FakeNf4Linear(nn.Linear):
 def fake_step_bytes(config: PretrainedConfig, case: StepCase) -> int:
     """Most bytes alive at once in a forward, backward and optimizer step of all adapters of a case."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[case.dtype])
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[case.dtype], trust_remote_code=False
+        )
         model.requires_grad_(False).eval()
         constants = _quantize(model) if case.quantized else []
         if case.gradient_checkpointing:

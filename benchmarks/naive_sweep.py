@@ -51,6 +51,8 @@ def make_trainer(config: dict[str, Any]) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         config["model"],
         dtype=torch.float32,
+        trust_remote_code=False,
+        use_safetensors=True,
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -69,7 +71,7 @@ def make_trainer(config: dict[str, Any]) -> Any:
         args=sft_config(config, len(rows["eval"])),
         train_dataset=rows["train"],
         eval_dataset=rows["eval"],
-        processing_class=AutoTokenizer.from_pretrained(config["model"]),
+        processing_class=AutoTokenizer.from_pretrained(config["model"], trust_remote_code=False),
         peft_config=LoraConfig(
             task_type="CAUSAL_LM",
             r=candidate["lora_rank"],

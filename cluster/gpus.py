@@ -26,7 +26,9 @@ PEAK_BF16_FLOPS: dict[str, float] = {
 """Dense bf16 multiply-adds, two FLOPs each, a second. Source: NVIDIA's data sheets (SXM where there are two;
 tensor cores with fp32 accumulation, without sparsity)."""
 
-PATTERN = re.compile(r"^(?:(\d+)x)?(\d+)x(?:([A-Za-z][A-Za-z0-9]*)-)?(\d+(?:\.\d+)?)GB$")
+PATTERN = re.compile(
+    r"(?:([0-9]{1,6})x)?([0-9]{1,6})x(?:([A-Za-z][A-Za-z0-9]*)-)?([0-9]{1,6}(?:\.[0-9]{1,6})?)GB"
+)
 
 
 def parse_inventory(text: str) -> Inventory:
@@ -35,7 +37,7 @@ def parse_inventory(text: str) -> Inventory:
     Raises:
         ValueError: another form, or a count of 0.
     """
-    found = PATTERN.match(text.strip().replace(" ", ""))
+    found = PATTERN.fullmatch(text.strip().replace(" ", ""))
     counts = [int(n) for n in found.groups(default="1")[:2]] if found else [0]
     if found is None or not all(counts) or float(found[4]) <= 0:
         raise ValueError(

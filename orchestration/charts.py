@@ -1,5 +1,6 @@
 """The report's pictures, as plotly figures."""
 
+import html
 import math
 from typing import Any
 
@@ -12,6 +13,11 @@ from orchestration.show import target_text
 # Okabe-Ito: told apart by the colour-blind, readable on light and dark.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C00", "#7F7F7F")
 GREY = "#7d8796"
+
+
+def escaped(text: str) -> str:
+    """Text as plotly shows it literally: its labels understand some markup."""
+    return html.escape(text, quote=False)
 
 
 def layout(
@@ -35,7 +41,8 @@ def layout(
 
 def _group(record: TrialRecord) -> str:
     candidate = record.candidate
-    return f"rank {candidate['lora_rank']}, {target_text(candidate)}, batch {candidate['global_batch_size']}"
+    target = escaped(target_text(candidate))
+    return f"rank {candidate['lora_rank']}, {target}, batch {candidate['global_batch_size']}"
 
 
 def lr_loss_chart(records: list[TrialRecord]) -> go.Figure:
@@ -51,7 +58,7 @@ def lr_loss_chart(records: list[TrialRecord]) -> go.Figure:
             y=[record.best["eval_loss"] for record in members if record.best],
             mode="lines+markers",
             name=group,
-            text=[f"{record.name} ({record.status})" for record in members],
+            text=[escaped(f"{record.name} ({record.status})") for record in members],
             marker={
                 "size": 9,
                 "symbol": ["circle" if r.status == "finished" else "circle-open" for r in members],
@@ -77,7 +84,7 @@ def _mark_diverged(figure: go.Figure, records: list[TrialRecord]) -> None:
             y=[max(scored, default=1.0)] * len(diverged),
             mode="markers",
             name="diverged",
-            text=[f"{record.name}: {record.reason}" for record in diverged],
+            text=[escaped(f"{record.name}: {record.reason}") for record in diverged],
             marker={"size": 11, "symbol": "x", "color": "#D55E00"},
         )
 
@@ -113,7 +120,7 @@ def _curves(records: list[TrialRecord], key: str, title: str) -> go.Figure:
             x=[row["examples"] for row in record.rows],
             y=[row.get(key) for row in record.rows],
             mode="lines+markers",
-            name=f"{_short(record)} ({record.status})",
+            name=escaped(f"{_short(record)} ({record.status})"),
             line={
                 "color": COLORS[index % len(COLORS)],
                 "dash": "solid" if record.status == "finished" else "dot",
@@ -134,7 +141,7 @@ def capacity_chart(plan: dict[str, Any]) -> go.Figure:
         key = (candidate["lora_rank"], "+".join(candidate["target"]))
         bars[key] = (item["adapter_bits"], item["adapter_bits"] >= plan["dataset_bits"])
     keys = sorted(bars)
-    labels = [f"r{rank}<br>{target.replace('+', '<br>+')}" for rank, target in keys]
+    labels = [f"r{rank}<br>{escaped(target).replace('+', '<br>+')}" for rank, target in keys]
     figure = go.Figure(
         go.Bar(
             x=labels,

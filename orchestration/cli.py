@@ -37,10 +37,10 @@ def _ran(args: argparse.Namespace) -> int:
     try:
         return args.run(args)
     except ValueError as error:
-        print(f"tenfold: {error}", file=sys.stderr)
+        _complain(str(error))
         return BAD_INPUT
     except KeyboardInterrupt as stop:
-        print("; ".join(["tenfold: interrupted", *map(str, stop.args)]), file=sys.stderr)
+        _complain("; ".join(["interrupted", *map(str, stop.args)]))
         return INTERRUPTED
     except BrokenPipeError:  # `tenfold plan ... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -50,8 +50,15 @@ def _ran(args: argparse.Namespace) -> int:
 
         if not (line := storage_problem(error)):
             raise
-        print(f"tenfold: {line}", file=sys.stderr)
+        _complain(line)
         return BAD_INPUT
+
+
+def _complain(line: str) -> None:
+    # What others say may hold control characters and passwords.
+    from trainers.terminal import printable
+
+    print(f"tenfold: {printable(line)}", file=sys.stderr)
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -221,7 +228,7 @@ def _check(args: argparse.Namespace) -> int:
     else:
         print("\n".join(check_lines(found)))
     for line in found["refusals"]:
-        print(f"tenfold: {line}", file=sys.stderr)
+        _complain(line)
     return BAD_INPUT if found["refusals"] else 0
 
 

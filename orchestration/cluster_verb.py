@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestration.cluster_sizing import MAX_GROUPS, cluster_need
+from trainers.credentials import credential_in
+from trainers.terminal import printable
 
 if TYPE_CHECKING:
     from cluster.manifests.need import ClusterNeed
 
+MARK, BEGIN_BYTES = "`tenfold cluster", 200
+"""What a manifest says of itself, and where."""
 COMMON_FLAGS = {"name", "gpu", "gpus_per_node", "groups", "output", "work_folder"}
 CLOUD_FLAGS = {"region", "zone", "project", "machine_image", "instance_type", "head_type"}
 SSH_FLAGS = {"ssh_user", "ssh_key", "head_ip", "worker_ips", "nfs", "secrets_file"}
@@ -80,6 +84,7 @@ def run_cluster(args: argparse.Namespace) -> int:
         ValueError: what cannot be planned, or a manifest that lacks something.
     """
     _check_flags(args)
+    _check_output(args.output)
     from cluster.manifests.need import need_sentence
     from orchestration.config import load_config, local_files, local_inputs
     from orchestration.run import require_supported
@@ -93,16 +98,15 @@ def run_cluster(args: argparse.Namespace) -> int:
         sys.stdout.write(text)
     else:
         write_text(args.output, text)
-    print(f"tenfold: {need_sentence(need)}", file=sys.stderr)
+    print(printable(f"tenfold: {need_sentence(need)}"), file=sys.stderr)
     if inputs := [*local_files([config.model]), *local_inputs(config)]:
-        print(
-            f"tenfold: the nodes must find, from {need.work_folder}: {', '.join(inputs)}",
-            file=sys.stderr,
-        )
+        found = f"tenfold: the nodes must find, from {need.work_folder}: {', '.join(inputs)}"
+        print(printable(found), file=sys.stderr)
     return 0
 
 
 def _check_flags(args: argparse.Namespace) -> None:
+    _check_credentials(args)
     if args.kind not in KIND_FLAGS:
         raise ValueError(f"KIND must be one of {', '.join(KIND_FLAGS)}, got {args.kind!r}")
     others = set().union(*KIND_FLAGS.values()) - KIND_FLAGS[args.kind]
@@ -119,10 +123,29 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--provider must be one of {', '.join(known)}, got {args.provider}")
 
 
+def _check_credentials(args: argparse.Namespace) -> None:
+    """A manifest is a file that people commit and send."""
+    for name, given in sorted(vars(args).items()):
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, str) and (why := credential_in(value)):
+                raise ValueError(f"--{name.replace('_', '-')} {why}")
+
+
+def _check_output(output: Path | None) -> None:
+    """An earlier manifest may be written anew; whatever else is there stays."""
+    if output is None or not (output.exists() or output.is_symlink()):
+        return
+    begin = output.read_bytes()[:BEGIN_BYTES] if output.is_file() else b""
+    if MARK.encode() not in begin:
+        raise ValueError(
+            f"{output}: must be new or an earlier manifest, it holds something else; give another file (-o)"
+        )
+
+
 def _commented(lines: list[str], need: "ClusterNeed", kind: str) -> str:
     from cluster.manifests.need import need_sentence
 
-    head = [f"`tenfold cluster {kind}`, sized from the plan of", need_sentence(need), *lines]
+    head = [f"{MARK} {kind}`, sized from the plan of", need_sentence(need), *lines]
     return "".join(f"# {line}\n" for line in head)
 
 

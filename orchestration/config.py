@@ -1,9 +1,8 @@
 """sweep.yaml: what a user may write, with one line of meaning per key."""
 
 import difflib
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,8 +18,10 @@ from pydantic import (
 )
 
 from cluster.gpus import parse_inventory
-from orchestration.yaml_file import ConfigError, read_values
-from search_spaces.values import parse_domain, parse_targets
+from orchestration.config_checks import check_data, check_prior, check_texts
+from orchestration.yaml_file import ConfigError, read_values, shortened, texts_in
+from search_spaces.values import MAX_POINTS, check_sizes, parse_domain, parse_targets
+from trainers.credentials import credential_in
 from trainers.object_store import checked_url, is_url
 
 
@@ -30,7 +31,7 @@ class LogRange(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     low: float = Field(gt=0)
     high: float = Field(gt=0)
-    num: int = Field(ge=1)
+    num: int = Field(ge=1, le=MAX_POINTS)
 
 
 class CarriedFrom(BaseModel):
@@ -50,7 +51,11 @@ Fraction01 = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 COUNTS = ("lora_rank", "global_batch_size", "examples", "seed", "dataset_tokens")
 MAYBE_SWITCHES = ("gradient_checkpointing",)
 """Keys that are true, false or a word."""
-FOLDER_NAME = re.compile(r"^\w[\w.+-]*$")
+MAX_CANDIDATES = 100_000
+"""Planned in 10 seconds. What holds more is a slip of the pen: nobody trains it."""
+MAX_NAME_BYTES = 200
+"""File systems take 255, of which trials and temporary files need some."""
+FOLDER_NAME = re.compile(r"\w[\w.+-]*")
 
 
 class SweepConfig(BaseModel):
@@ -112,7 +117,7 @@ class SweepConfig(BaseModel):
     capacity_policy: Literal["discard", "advisory"] = "discard"
 
     search: Literal["grid", "random", "optuna"] = "grid"
-    num_candidates: PositiveInt | None = None
+    num_candidates: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] | None = None
     """Candidates to draw (random), to propose (optuna), or to keep of the grid, the doctrine's centre
     first."""
     scheduler: Literal["asha", "fifo", "median"] = "asha"
@@ -179,14 +184,17 @@ class SweepConfig(BaseModel):
     def _checked(cls, value: Any, info: ValidationInfo) -> Any:
         # pydantic would take `yes` for 1, and report one problem per alternative of a union.
         key = str(info.field_name)
+        check_sizes(key, value)
+        if key != "columns":  # a header of a csv file may have several lines
+            check_texts(key, value)
         is_switch = cls.model_fields[key].annotation is bool
         if isinstance(value, bool) != is_switch and key not in MAYBE_SWITCHES:
             must = "must" if is_switch else "must not"
             raise ValueError(f"{key} {must} be true or false, got {value!r}")
         if key == "data":
-            _check_data(value)
+            check_data(value)
         if key == "lr_prior":
-            _check_prior(value)
+            check_prior(value)
         if key in COUNTS:
             value = _whole(value)
         if value is not None and key == "target":
@@ -203,10 +211,12 @@ class SweepConfig(BaseModel):
     @field_validator("name")
     @classmethod
     def _folder_name(cls, value: str | None) -> str | None:
-        if value is not None and not FOLDER_NAME.match(value):
+        if value is not None and not FOLDER_NAME.fullmatch(value):
             raise ValueError(
                 f"name must be a folder name (letters, digits, . _ + -; no path), got {value!r}"
             )
+        if value is not None and len(value.encode()) > MAX_NAME_BYTES:
+            raise ValueError(f"name must be of at most {MAX_NAME_BYTES} bytes, got {value!r}")
         return value
 
     @model_validator(mode="after")
@@ -281,29 +291,6 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _check_data(value: Any) -> None:
-    if value is None or (isinstance(value, str) and value):
-        return
-    weights = value.values() if isinstance(value, dict) else ()
-    numbers = [w for w in weights if isinstance(w, int | float) and not isinstance(w, bool)]
-    usable = [w for w in numbers if 0 < w < math.inf]
-    if not usable or len(usable) < len(value) or not all(isinstance(name, str) for name in value):
-        raise ValueError(
-            "data must be a file, folder or hub id, or several with weights above 0 "
-            f"({{a.jsonl: 1, b.jsonl: 0.5}}), got {value!r}"
-        )
-
-
-def _check_prior(value: Any) -> None:
-    if not isinstance(value, dict):
-        return
-    folder = value.get("from")
-    if set(value) != {"from"} or not isinstance(folder, str) or not folder:
-        raise ValueError(
-            f"lr_prior must be doctrine, tinker, a number > 0, or {{from: runs/NAME}}, got {value!r}"
-        )
-
-
 def local_inputs(config: SweepConfig) -> list[str]:
     """What a sweep reads of this machine's disk beside its model, so that workers elsewhere must find it."""
     data = [config.data] if isinstance(config.data, str) else list(config.data or {})
@@ -345,6 +332,8 @@ def make_config(values: dict[str, Any], where: str, kind: type[Config] = SweepCo
     Raises:
         ConfigError: as `load_config`.
     """
+    if secrets := list(_credentials(values)):
+        raise ConfigError("\n".join(f"{where}: {line}" for line in secrets))
     unknown = [_unknown_key(key, where, kind) for key in values if key not in kind.model_fields]
     known = {key: value for key, value in values.items() if key in kind.model_fields}
     try:
@@ -356,10 +345,17 @@ def make_config(values: dict[str, Any], where: str, kind: type[Config] = SweepCo
     return config
 
 
+def _credentials(values: dict[str, Any]) -> Iterator[str]:
+    """A line for each value with a credential in it. Whatever else is wrong with it would show it."""
+    for key, value in values.items():
+        if why := next(filter(None, map(credential_in, texts_in(value))), None):
+            yield f"{key}: {why}"
+
+
 def _unknown_key(key: object, where: str, kind: type[SweepConfig]) -> str:
     close = difflib.get_close_matches(str(key), kind.model_fields, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(kind.model_fields)}"
-    return f"{where}: unknown key {key!r}; {hint}"
+    return f"{where}: unknown key {shortened(repr(key))}; {hint}"
 
 
 def _problems(error: ValidationError, where: str) -> list[str]:
@@ -373,5 +369,5 @@ def _problems(error: ValidationError, where: str) -> list[str]:
             text = f"{key}: {item['msg']}" + (
                 "" if item["type"] == "missing" else f", got {item['input']!r}"
             )
-        lines.setdefault(key, f"{where}: {text}")
+        lines.setdefault(key, f"{where}: {shortened(text)}")
     return list(lines.values())

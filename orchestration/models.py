@@ -4,7 +4,7 @@ from pathlib import Path
 
 from search_spaces.architecture import ModelShape, UnknownArchitectureError
 from trainers.base_fetch import hub_config, is_hub_id
-from trainers.paths import read_json
+from trainers.foreign_code import indexed_files, refuse_other_weights, refuse_own_code
 
 
 def config_path(model: str, revision: str | None = None) -> Path:
@@ -30,9 +30,10 @@ def model_shape(model: str, revision: str | None = None) -> ModelShape:
     builds without weights.
 
     Raises:
-        ValueError: no readable config.
+        ValueError: no readable config, or a model that brings code of its own.
     """
     path = config_path(model, revision)
+    refuse_own_code(path, model)
     try:
         return ModelShape.from_config(path)
     except UnknownArchitectureError:
@@ -45,7 +46,8 @@ def require_weights(model: str) -> None:
     """A sweep needs more than a config.json. Reads headers alone.
 
     Raises:
-        ValueError: a local folder without config.json or whole safetensors, or a bare config file.
+        ValueError: a local folder without config.json or whole safetensors, or with more than a base's, or a
+            bare config file.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -55,13 +57,9 @@ def require_weights(model: str) -> None:
     if not path.is_dir():
         return  # a hub id: its download is checked by who loads it
     folder = config_path(model).parent
+    refuse_other_weights(folder, model)
     files = set(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"model {model}: the folder must hold *.safetensors weights, it has none")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files |= {folder / name for name in read_json(index)["weight_map"].values()}
-    for file in sorted(files):
+    for file in sorted(files | {folder / name for name in indexed_files(folder)}):
         _require_whole(file)
 
 

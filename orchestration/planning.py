@@ -1,5 +1,6 @@
 """A plan: everything a sweep will do, decided before anything runs. Imports neither torch nor ray."""
 
+import hashlib
 import math
 import re
 from collections.abc import Iterator
@@ -11,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.inventory import Inventory
 from cluster.placement import split_global_batch
-from orchestration.config import CarriedFrom, SweepConfig, space_overrides
+from orchestration.config import MAX_CANDIDATES, CarriedFrom, SweepConfig, space_overrides
 from orchestration.measured import Capacity, make_capacity
 from orchestration.memory_rule import MemoryRule
 from orchestration.models import model_shape
 from search_spaces import pitfalls
 from search_spaces.architecture import ModelShape
-from search_spaces.candidate import Candidate, grid_candidates, random_candidates
+from search_spaces.candidate import Candidate, grid_candidates, grid_size, random_candidates
 from search_spaces.domains import LogUniform, SearchSpace, TargetDomain
 from search_spaces.pruner import FitRule, PruneResult, cut_rank_domain, prune
 from search_spaces.space import DatasetFacts, build_space
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from trainers.data import Audit, DataSpec
 
 DEFAULT_SEQ_LEN = 1024
+MAX_DEFAULT_NAME = 150
 DATA_SUFFIX = r"(?i)\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz)?$"
 EVALUATIONS_PER_TRIAL = 4
 """Evaluations of a trial by default; the grace period of a scheduler ends at the first of them, a quarter
@@ -257,11 +259,21 @@ def rank_domains(
 def candidates(
     space: SearchSpace, config: SweepConfig, domains: tuple[TargetDomain, ...] | None
 ) -> Iterator[Candidate]:
-    """The candidates that are known before the sweep, in the order in which they would start."""
+    """The candidates that are known before the sweep, in the order in which they would start.
+
+    Raises:
+        ValueError: a grid of more than can be judged.
+    """
     if config.search == "optuna":
         return iter(())
     if config.search == "random":
         return random_candidates(space, config.num_candidates or 0, config.seed, domains)
+    size = grid_size(space)
+    if config.num_candidates is None and size > MAX_CANDIDATES:
+        raise ValueError(
+            f"a grid must have at most {MAX_CANDIDATES:,} candidates, has {size:,}; give fewer values, or set "
+            "num_candidates"
+        )
     return islice(grid_candidates(space), config.num_candidates)
 
 
@@ -322,4 +334,9 @@ def default_name(config: SweepConfig) -> str:
     )
     parts = [model, re.sub(DATA_SUFFIX, "", Path(first).name)]
     parts += [f"and-{len(others)}-more"] if others else []
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.")
+    if name and len(name) <= MAX_DEFAULT_NAME:
+        return name
+    # Names without a letter of ours (模型 and 数据.jsonl) would be runs/ itself, and two long ones equal.
+    digest = hashlib.sha256("-".join(parts).encode()).hexdigest()[:8]
+    return f"{name[:MAX_DEFAULT_NAME] or 'sweep'}-{digest}"

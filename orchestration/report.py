@@ -34,6 +34,7 @@ from orchestration.show import (
 )
 from orchestration.show_audit import data_text, short_cells
 from search_spaces.variants import PLAIN
+from trainers.credentials import masked
 from trainers.paths import RunPaths, read_state, write_text
 
 
@@ -118,7 +119,7 @@ def _workers(packs: dict[str, Any] | None) -> str:
             "",
             [
                 name,
-                info.get("device") or info["lost"],
+                info.get("device") or masked(info["lost"]),
                 f"{info.get('max_tokens', 0):,}",
                 f"{info.get('loaded_in_s', 0):.1f}",
                 _counted(info.get("adapter")),

@@ -2,6 +2,7 @@
 
 from rich.console import Console
 
+from orchestration.console import PlainConsole
 from orchestration.forgetting import KEY, base_retention, has_retention, retention_text
 from orchestration.results import TrialRecord
 from orchestration.show import SCALED_LR, target_text, text_table
@@ -22,7 +23,7 @@ def show_results(
     console: Console | None = None,
 ) -> None:
     """The results table, and where the report and the best adapter are."""
-    console = console or Console(highlight=False)
+    console = console or PlainConsole()
     lines = [
         f"{run.root.name}: {len(records)} trials, {num_discarded} candidates discarded before any trial"
     ]

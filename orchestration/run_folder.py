@@ -1,11 +1,13 @@
 """Where a run is: a folder, or a URL of which this process keeps a copy (trainers/mirror.py)."""
 
+import os
 import posixpath
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from orchestration.own_folder import require_no_way_out, require_own
 from trainers.lease import DEAD_S, leased
 from trainers.mirror import fetch_all_records, mirror_of, opened, send_rest, shown
 from trainers.object_store import ObjectStore, checked_url, is_url
@@ -17,12 +19,24 @@ def run_in(storage: str, name: str) -> RunPaths:
     """storage/NAME, to be written.
 
     Raises:
-        ValueError: a URL that cannot be read and written.
+        ValueError: a folder that cannot be written, or a URL that cannot be read and written.
     """
     if not is_url(storage):
-        return RunPaths(Path(storage) / name)
+        folder = Path(storage).expanduser()
+        _require_writable(folder)
+        return RunPaths(folder / name)
     ObjectStore(checked_url(storage)).require_writable()
     return run_at(posixpath.join(storage, name))
+
+
+def _require_writable(folder: Path) -> None:
+    """Told before a cluster is started for what nobody can keep."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"storage must be a folder that can be written, {there} is "
+            f"{'read-only' if there.is_dir() else 'a file'}; set storage: to another"
+        )
 
 
 def run_at(place: str) -> RunPaths:
@@ -49,7 +63,7 @@ def driving(run: RunPaths) -> Iterator[None]:
     """Makes this process the one that drives a run: two would train every trial twice into the same files.
 
     Raises:
-        ValueError: another process drives it.
+        ValueError: another process drives it, it is another user's, or a link in it leads elsewhere.
     """
     mirror = mirror_of(run.root)
     if mirror is None:
@@ -75,7 +89,14 @@ def _say_waiting(driver: str) -> None:
 
 @contextmanager
 def _locked(run: RunPaths) -> Iterator[None]:
-    run.root.mkdir(parents=True, exist_ok=True)
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{run.root}: the run's folder must be one that can be made, it is not ({error.strerror}); set storage:"
+        ) from error
+    require_own(run.root)
+    require_no_way_out(run.root)
     with run.lock.open("a") as file:
         if not take_lock(file):
             raise ValueError(f"{run.root}: this run is being driven by another process")

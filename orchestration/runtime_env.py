@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainers.credentials import credential_in
 from trainers.data.cache import SHARED_CACHE
 from trainers.object_store import is_url
 
@@ -43,16 +44,28 @@ def worker_environment() -> dict[str, Any]:
     Where the driver is the entrypoint of a submitted job, Ray refuses two environments that name the same
     thing. Ours leaves the job's variables alone and names the job's modules after ours, so that it may
     say "the driver's wins" without anything of the job's being lost.
+
+    Raises:
+        ValueError: a variable that would be shown holds a secret.
     """
     ours = {
         "py_modules": [package_folder(name) for name in OUR_PACKAGES],
         "excludes": list(EXCLUDES),
-        "env_vars": {name: os.environ[name] for name in PASSED_ON if name in os.environ},
+        "env_vars": {name: _shown(name) for name in PASSED_ON if name in os.environ},
     }
     jobs = submitted_environment(os.environ)
     if jobs.keys() & {"py_modules", "excludes"}:
         os.environ[JOB_OVERRIDE] = "1"
     return beside(ours, jobs)
+
+
+def _shown(name: str) -> str:
+    """The value of a variable that everybody who sees the cluster's dashboard will see."""
+    if why := credential_in(os.environ[name]):
+        raise ValueError(
+            f"{name} in the environment {why} (Ray shows it to everybody on the cluster)"
+        )
+    return os.environ[name]
 
 
 def package_folder(name: str) -> str:
@@ -85,4 +98,4 @@ def share_cache(address: str | None, storage: str) -> None:
     if is_url(storage):
         os.environ[SHARED_CACHE] = f"{storage}/.cache"
     elif address is not None and not os.environ.get("TENFOLD_CACHE"):
-        os.environ["TENFOLD_CACHE"] = str(Path(storage).resolve() / ".cache")
+        os.environ["TENFOLD_CACHE"] = str(Path(storage).expanduser().resolve() / ".cache")

@@ -1,16 +1,19 @@
-"""How our searchers are saved where Tune wants them saved; nothing of ours reads these files back."""
+"""What Tune may keep of our searchers: nothing. A sweep goes on from its own files, which are text; a searcher's
+state would be a pickle, which runs code when it is read."""
 
-import pickle
-from typing import Any
-
-
-def save_state(searcher: Any, path: str) -> None:
-    """Pickles what the searcher's `__getstate__` gives."""
-    with open(path, "wb") as file:
-        pickle.dump(searcher.__getstate__(), file)
+from ray.tune.search import Searcher
 
 
-def restore_state(searcher: Any, path: str) -> None:
-    """Brings a searcher back to what Tune saved in this very process."""
-    with open(path, "rb") as file:
-        vars(searcher).update(pickle.load(file))
+class UnsavedSearcher(Searcher):
+    """A searcher that leaves no file, and takes none."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Writes nothing; Tune asks for it at every snapshot."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Raises:
+        ValueError: always.
+        """
+        raise ValueError(
+            f"{checkpoint_path}: a sweep goes on from its own files, never from Ray Tune's; use `tenfold resume`"
+        )

@@ -12,7 +12,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from orchestration.rungs import CLOCK, METRIC, MODE
-from orchestration.searcher_state import restore_state, save_state
+from orchestration.searcher_state import UnsavedSearcher
 from search_spaces.candidate import Candidate, grid_candidates, make_candidate
 from search_spaces.domains import Choice, LogUniform, SearchSpace, TargetDomain
 from search_spaces.variants import RankMultiple, alpha_at
@@ -24,7 +24,7 @@ MAX_REPEATS = 20
 logger = logging.getLogger(__name__)
 
 
-class ListSearcher(Searcher):
+class ListSearcher(UnsavedSearcher):
     """Suggests {"trial": a trial's dict, **common} for each trial of a list, in its order, once.
 
     Args:
@@ -50,12 +50,6 @@ class ListSearcher(Searcher):
     ) -> None:
         pass
 
-    def save(self, checkpoint_path: str) -> None:
-        save_state(self, checkpoint_path)
-
-    def restore(self, checkpoint_path: str) -> None:
-        restore_state(self, checkpoint_path)
-
 
 @dataclass
 class _Asked:
@@ -65,7 +59,7 @@ class _Asked:
     examples: int = -1
 
 
-class OptunaSearcher(Searcher):
+class OptunaSearcher(UnsavedSearcher):
     """Ray's OptunaSearch over the admitted space. A discarded candidate cannot be proposed.
 
     The first proposal is the doctrine's centre, the first admitted candidate of the grid. A trial's
@@ -151,12 +145,6 @@ class OptunaSearcher(Searcher):
         if asked:
             loss = None if error else _score(result or {})
             self._inner.on_trial_complete(asked.inner_id, {METRIC: loss})
-
-    def save(self, checkpoint_path: str) -> None:
-        save_state(self, checkpoint_path)
-
-    def restore(self, checkpoint_path: str) -> None:
-        restore_state(self, checkpoint_path)
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its searcher; make_trial holds a plan and whatever else its caller bound.

@@ -13,6 +13,7 @@ from orchestration.forgetting import retention_sentence
 from orchestration.measured import capacity_sentence
 from orchestration.placing import cost_text, packs_lines
 from orchestration.show_audit import short_lines
+from trainers.terminal import printable
 
 SCALED_LR = "LR x scale"
 """learning_rate x lora_alpha / lora_rank (rsLoRA: its root): comparable between ranks, alphas and variants."""
@@ -54,7 +55,7 @@ def show_plan(plan: dict[str, Any]) -> None:
         _discarded,
         _pitfalls,
     )
-    print("\n".join(line for part in parts for line in part(plan)))
+    print(printable("\n".join(line for part in parts for line in part(plan))))
 
 
 def _model(plan: dict[str, Any]) -> list[str]:

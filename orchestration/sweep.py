@@ -54,7 +54,10 @@ def start_ray(address: str | None) -> None:
         # A process less for every trial; a machine of one's own is not preempted.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
+    from ray._private import auto_init_hook
 
+    # A thread that asks Ray for something after its end would start another, one of Ray's own choice.
+    auto_init_hook.enable_auto_connect = False
     options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "error",

@@ -1,12 +1,25 @@
 """Experiment trackers, fed by the driver from the trials' own files: one run per trial, whatever the
-number of workers."""
+number of workers.
 
+A tracker can never end a sweep or hold it up: it lives in a process of its own (tracker_process.py), which
+is given up when a call fails or is not answered within ANSWER_S. A second process then takes over what had no
+end, offline; when that fails too, the sweep goes on without the tracker. Each of the two is said in one line.
+The trials' own metrics.jsonl are whole in any case.
+"""
+
+import json
 import os
-import re
+import select
+import subprocess
 import sys
-from typing import Any, Protocol
+import weakref
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, Protocol
 
 from orchestration.results import TrialRecord
+from trainers.credentials import masked
 from trainers.paths import RunPaths
 
 METRICS = (
@@ -19,10 +32,19 @@ METRICS = (
     "tokens",
     "peak_bytes",
 )
+ANSWER_S = 30.0
+"""How long a call may take: a sweep waits for a tracker that hangs twice so long, once."""
+CLOSE_S = 25.0
+"""How long the end waits for a tracker's process, which ends itself before (tracker_process.CLOSE_S)."""
+ROWS_PER_CALL = 100
+"""A call must fit a pipe, 64 KiB: writing it then waits for nobody."""
+PROCESS = Path(__file__).with_name("tracker_process.py")
+OFFLINE = {"wandb": "its runs go on offline in {folder}/wandb; wandb sync sends them"}
+"""What a tracker does that has lost its server; one that is not here has none."""
 
 
 class Tracker(Protocol):
-    """Where metrics go beside runs/NAME. Calls are idempotent: a row is logged once."""
+    """Where metrics go beside runs/NAME. Calls are idempotent: a row is logged once. They raise nothing."""
 
     def update(self, record: TrialRecord) -> None:
         """Logs the trial's rows that were not logged yet."""
@@ -33,17 +55,21 @@ class Tracker(Protocol):
         ...
 
 
+class TrackerError(Exception):
+    """What a tracker's process answered, or that it did not."""
+
+
 def make_trackers(names: list[str], sweep_name: str, run: RunPaths) -> list[Tracker]:
     """The trackers that sweep.yaml asks for.
 
     Raises:
         ValueError: an unknown tracker.
     """
-    kinds = {"wandb": WandbTracker, "tensorboard": TensorBoardTracker}
+    kinds = ("wandb", "tensorboard")
     unknown = [name for name in names if name not in kinds]
     if unknown:
         raise ValueError(f"tracking must be among {', '.join(kinds)}, got {', '.join(unknown)}")
-    return [kinds[name](sweep_name, run) for name in names]
+    return [ProcessTracker(name, sweep_name, run) for name in names]
 
 
 def new_rows(record: TrialRecord, logged: dict[str, int]) -> list[dict[str, Any]]:
@@ -57,75 +83,148 @@ def metrics_of(row: dict[str, Any]) -> dict[str, float]:
     return {name: row[name] for name in METRICS if row.get(name) is not None}
 
 
-class WandbTracker:
-    """Weights & Biases: id = trial, group = sweep, step = examples; offline when there is no key."""
+class ProcessTracker:
+    """A tracker of which only words reach this process.
 
-    def __init__(self, sweep_name: str, run: RunPaths) -> None:
-        import wandb
+    Args:
+        kind: of tracker_process.KINDS.
+    """
 
-        self.wandb, self.sweep_name, self.folder = wandb, sweep_name, run.root
-        self.mode = os.environ.get("WANDB_MODE") or self._default_mode()
-        self.runs: dict[str, Any] = {}
+    def __init__(self, kind: str, sweep_name: str, run: RunPaths) -> None:
+        self.kind, self.sweep_name, self.folder = kind, sweep_name, run.root
         self.logged: dict[str, int] = {}
+        self.open: dict[str, tuple[TrialRecord, bool]] = {}
+        """The latest record of each trial whose run is not closed, and whether it is to be."""
+        self.link: Link | None = Link()  # it starts while the workers load
 
-    def _default_mode(self) -> str:
-        if self.wandb.login(prompt=False, verify=False):
-            return "online"
-        print(
-            f"wandb: no API key, runs stay offline in {self.folder / 'wandb'}; wandb sync sends them",
-            file=sys.stderr,
-        )
-        return "offline"
+    def update(self, record: TrialRecord) -> None:
+        self._track(record, ended=False)
 
-    def _run(self, record: TrialRecord) -> Any:
-        if record.name not in self.runs:
-            self.runs[record.name] = self.wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "tenfold"),
-                group=self.sweep_name,
-                name=record.name,
-                id=re.sub(r"[^A-Za-z0-9._-]", "_", f"{self.sweep_name}-{record.name}"),
-                resume="allow",
-                config=record.candidate,
-                dir=str(self.folder),
-                mode=self.mode,
-                reinit="create_new",
-                settings=self.wandb.Settings(silent=True, console="off"),
+    def finish(self, record: TrialRecord) -> None:
+        self._track(record, ended=True)
+
+    def _track(self, record: TrialRecord, *, ended: bool) -> None:
+        if self.link is None:
+            return
+        self.open[record.name] = record, ended
+        try:
+            self._begin(self.link, None)
+            self._send(self.link, record, ended=ended)
+        except TrackerError as error:
+            self.link.end()
+            self.link = self._offline(self.link, error)
+
+    def _begin(self, link: "Link", mode: str | None) -> None:
+        if link.facts is not None:
+            return
+        values = {"kind": self.kind, "sweep_name": self.sweep_name, "folder": str(self.folder)}
+        link.facts = link.ask("begin", **values, mode=mode)
+        if link.facts.get("mode") == "offline" and not (mode or os.environ.get("WANDB_MODE")):
+            self._say(
+                f"no API key, runs stay offline in {self.folder / 'wandb'}; wandb sync sends them"
             )
-        return self.runs[record.name]
 
-    def update(self, record: TrialRecord) -> None:
-        for row in new_rows(record, self.logged):
-            self._run(record).log(metrics_of(row), step=row["examples"])
-            self.logged[record.name] = row["examples"]
+    def _send(self, link: "Link", record: TrialRecord, *, ended: bool) -> None:
+        rows = [[row["examples"], metrics_of(row)] for row in new_rows(record, self.logged)]
+        # The run begins with its first rows, or with its end where there are none.
+        for part in _parts(rows) if rows or record.name in self.logged else [[]]:
+            link.ask("log", name=record.name, candidate=record.candidate, rows=part)
+        self.logged[record.name] = rows[-1][0] if rows else self.logged.get(record.name, -1)
+        if ended:
+            link.ask("end", name=record.name, status=record.status, reason=record.reason)
+            del self.open[record.name], self.logged[record.name]
 
-    def finish(self, record: TrialRecord) -> None:
-        self.update(record)
-        run = self._run(record)
-        run.summary.update({"status": record.status, "reason": record.reason})
-        run.finish()
+    def _offline(self, failed: "Link", error: TrackerError) -> "Link | None":
+        """Another process that has everything of the runs that have no end; None: there is none."""
+        if self.kind in OFFLINE and not failed.is_second:
+            link, self.logged = Link(is_second=True), {}
+            try:
+                self._begin(link, "offline")
+                for record, ended in list(self.open.values()):
+                    self._send(link, record, ended=ended)
+            except TrackerError as again:
+                link.end()
+                error = again
+            else:
+                self._say(f"{error}; {OFFLINE[self.kind].format(folder=self.folder)}")
+                return link
+        self._say(
+            f"{error}; nothing more is tracked there, the sweep goes on; its metrics are in "
+            f"{self.folder / 'trials'}"
+        )
+        return None
+
+    def _say(self, text: str) -> None:
+        print(f"{self.kind}: {masked(text)}", file=sys.stderr)
 
 
-class TensorBoardTracker:
-    """TensorBoard event files, runs/NAME/tensorboard/TRIAL; step = examples."""
+def _parts(rows: list[list[Any]]) -> Iterator[list[list[Any]]]:
+    for start in range(0, len(rows), ROWS_PER_CALL):
+        yield rows[start : start + ROWS_PER_CALL]
 
-    def __init__(self, sweep_name: str, run: RunPaths) -> None:
-        self.folder = run.root / "tensorboard"
-        self.writers: dict[str, Any] = {}
-        self.logged: dict[str, int] = {}
 
-    def _writer(self, record: TrialRecord) -> Any:
-        from tensorboardX import SummaryWriter
+class Link:
+    """A tracker's process, from start to end; it ends with this object or with the interpreter.
 
-        if record.name not in self.writers:
-            self.writers[record.name] = SummaryWriter(str(self.folder / record.name))
-        return self.writers[record.name]
+    Attributes:
+        facts: what it said when it began.
+        is_second: it took over from one that failed.
+    """
 
-    def update(self, record: TrialRecord) -> None:
-        for row in new_rows(record, self.logged):
-            for name, value in metrics_of(row).items():
-                self._writer(record).add_scalar(name, value, row["examples"])
-            self.logged[record.name] = row["examples"]
+    def __init__(self, *, is_second: bool = False) -> None:
+        self.facts: dict[str, Any] | None = None
+        self.is_second = is_second
+        self.process = subprocess.Popen(
+            # -P: nothing of the working directory takes a package's place.
+            [sys.executable, "-P", str(PROCESS)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C in a terminal is the driver's
+        )
+        self._closing = weakref.finalize(self, _close, self.process)
 
-    def finish(self, record: TrialRecord) -> None:
-        self.update(record)
-        self._writer(record).close()
+    def ask(self, call: str, **values: Any) -> dict[str, Any]:
+        """Makes a call and returns its answer.
+
+        Raises:
+            TrackerError: it failed, or was not answered within ANSWER_S.
+        """
+        calls, answers = _pipes(self.process)
+        try:
+            calls.write((json.dumps({"call": call} | values) + "\n").encode())
+            calls.flush()
+        except BrokenPipeError:
+            answer = b""
+        else:
+            if not select.select([answers], [], [], ANSWER_S)[0]:
+                raise TrackerError(f"no answer within {ANSWER_S:g} s")
+            answer = answers.readline()
+        if not answer:
+            raise TrackerError(f"its process ended with exit code {self.process.wait()}")
+        found = json.loads(answer)
+        if "error" in found:
+            raise TrackerError(found["error"])
+        return found
+
+    def end(self) -> None:
+        """Ends the process, whatever it does."""
+        self.process.kill()
+        self._closing()
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    return process.stdin, process.stdout
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    calls, answers = _pipes(process)
+    with suppress(BrokenPipeError):  # of a call that it did not live to read
+        calls.close()
+    try:
+        process.wait(CLOSE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    answers.close()

@@ -149,6 +149,12 @@ def grid_candidates(space: SearchSpace) -> Iterator[Candidate]:
             )
 
 
+def grid_size(space: SearchSpace) -> int:
+    """How many candidates `grid_candidates` gives."""
+    axes = ("learning_rate", *GRID_FIELDS)
+    return math.prod(len(getattr(space, name).values()) for name in axes)
+
+
 GRID_FIELDS = (
     "target",
     "lora_rank",

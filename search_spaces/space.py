@@ -28,6 +28,8 @@ __all__ = [
 ]
 
 TENFOLD_DEFAULT = "Tenfold default"
+MAX_NOTED = 200
+"""Pairs of rank and alpha whose factors a note names."""
 QLORA_NOTE = "QLoRA (arXiv 2305.14314) clips at 0.3"
 
 
@@ -122,7 +124,16 @@ def _reference_alpha(alphas: Any, given: Mapping[str, object]) -> float | None:
 def _factor_notes(space: SearchSpace) -> list[Note]:
     """What the learning rates are multiplied by for variants, and for alphas that are not constant."""
     notes: list[Note] = []
+    num_pairs = len(space.lora_rank.options) * len(space.lora_alpha.values())
     for variant in space.variant.options:
+        if num_pairs > MAX_NOTED and space.reference_alpha is not None:
+            source = _factor_source(variant, space.reference_alpha)
+            notes.append(
+                Note(
+                    "learning_rate", f"{variant}: a factor for each of {num_pairs:,} pairs", source
+                )
+            )
+            continue
         found = {
             f"rank {rank} alpha {alpha:g}": space.rate_factor(variant, alpha, rank)
             for rank in space.lora_rank.options

@@ -10,6 +10,11 @@ from search_spaces.domains import Choice, LogUniform
 from search_spaces.variants import WRITTEN, RankMultiple, canonical, parse_alpha
 
 SCHEDULES = ("constant", "linear", "cosine")
+MIN_NUMBER, MAX_NUMBER = 1e-30, 10**15
+"""Sizes between which every number lies, but for 0: beyond them no count, rate or price means anything, and
+products of them leave the range of a float."""
+MAX_POINTS = 1000
+"""Of a range, or a list."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +59,38 @@ def check_value(key: str, value: object) -> Any:
         good = isinstance(value, str)
     else:
         kinds = int if rule.whole else (int, float)
-        good = not isinstance(value, bool) and isinstance(value, kinds) and math.isfinite(value)
+        good = not isinstance(value, bool) and isinstance(value, kinds) and abs(value) < math.inf
     if not good or not rule.holds(value):
         raise ValueError(f"{key} must be {rule.must}, got {value!r}")
+    check_sizes(key, value)
     if key == "variant":
         return canonical(cast(str, value))
     if rule.word or rule.whole:
         return value
     return float(cast(float, value))
+
+
+def check_sizes(key: str, value: object) -> None:
+    """The numbers of a value, at any depth, are of a size that can be computed with.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if isinstance(value, Mapping):
+        for item in cast(Mapping[object, object], value).values():
+            check_sizes(key, item)
+    elif isinstance(value, (list, tuple)):
+        for item in cast(Sequence[object], value):
+            check_sizes(key, item)
+    elif isinstance(value, (int, float)) and not (value == 0 or _is_sized(abs(value))):
+        raise ValueError(
+            f"{key} must be 0 or of a size between {MIN_NUMBER:g} and {MAX_NUMBER:g}, got {value!r}"
+        )
+
+
+def _is_sized(size: int | float) -> bool:
+    # What infinity and NaN are to a key, its own rule says.
+    return MIN_NUMBER <= size <= MAX_NUMBER or not size < math.inf
 
 
 def check_keys(overrides: Mapping[str, object]) -> None:
@@ -85,6 +114,8 @@ def parse_domain(key: str, value: object) -> LogUniform | Choice[Any]:
         return _parse_range(key, cast(Mapping[str, object], value))
     listed = isinstance(value, (list, tuple))
     items = list(cast(Sequence[object], value)) if listed else [value]
+    if len(items) > MAX_POINTS:
+        raise ValueError(f"{key} must have at most {MAX_POINTS:,} values, got {len(items):,}")
     options = tuple(_option(key, item) for item in items)
     if not options:
         raise ValueError(f"{key} must have at least one value, got an empty list")
@@ -118,10 +149,11 @@ def _parse_range(key: str, value: Mapping[str, object]) -> LogUniform | Choice[A
             f"{key} must be a value, a list, or (numbers) {{low, high, num}}, got {value!r}"
         )
     low, high, num = (_number(key, name, value[name]) for name in ("low", "high", "num"))
-    if not 0 < low <= high or num < 1 or num != int(num) or (num == 1 and low != high):
+    whole = 1 <= num <= MAX_POINTS and num == int(num)
+    if not 0 < low <= high or not whole or (num == 1 and low != high):
         raise ValueError(
-            f"{key} must hold 0 < low <= high and a whole num >= 1 (1 only for low = high), "
-            f"got {value!r}"
+            f"{key} must hold 0 < low <= high and a whole num from 1 (only for low = high) to "
+            f"{MAX_POINTS:,}, got {value!r}"
         )
     for end in (low, high):
         check_value(key, int(end) if rule.whole and end == int(end) else end)
@@ -133,9 +165,11 @@ def _parse_range(key: str, value: Mapping[str, object]) -> LogUniform | Choice[A
 
 
 def _number(key: str, name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    if not good:
         raise ValueError(f"{key}: {name} must be a finite number, got {value!r}")
-    return float(value)
+    check_sizes(key, value)
+    return float(cast(float, value))
 
 
 def parse_targets(value: object) -> tuple[str | tuple[str, ...], ...]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainers.credentials import mask_logs, masked
 from trainers.data.tokenizer import SIDE_FILES, SLOW_FILES
 
 WANTED = (
@@ -98,6 +99,7 @@ def _snapshot(model: str, revision: str | None, **how: Any) -> Any:
     import huggingface_hub
     from huggingface_hub.errors import DryRunError
 
+    mask_logs()
     patterns = {"allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
     try:
         return huggingface_hub.snapshot_download(model, revision=revision, **patterns, **how)
@@ -129,6 +131,7 @@ def hub_config(model: str, revision: str | None) -> Path:
     """
     import huggingface_hub
 
+    mask_logs()
     try:
         return Path(huggingface_hub.hf_hub_download(model, "config.json", revision=revision))
     except (OSError, ValueError) as error:
@@ -138,5 +141,5 @@ def hub_config(model: str, revision: str | None) -> Path:
 
 
 def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in masked(str(error)).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

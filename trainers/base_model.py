@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from transformers.utils import logging as transformers_logging
 from trainers.adapters import PLAIN_LINEARS
 from trainers.base_fetch import base_folder
 from trainers.base_spec import BaseSpec
+from trainers.credentials import masked
+from trainers.foreign_code import refuse_foreign
 from trainers.gradient_checkpointing import recompute_layers
 from trainers.speed import cpu_name
 
@@ -58,13 +61,15 @@ def load_base(spec: BaseSpec, device: torch.device | None = None) -> PreTrainedM
     Sharded, this must be called on all workers of a group: each gets its part of every weight.
 
     Raises:
-        ValueError: the folder holds no loadable model, NF4 reached no layer, or a model that cannot be
-            sharded.
+        ValueError: the folder holds no loadable model, or one that brings code or pickles, NF4 reached no
+            layer, or a model that cannot be sharded.
     """
     transformers_logging.disable_progress_bar()
     device = device or pick_device()
     dtype = resolve_dtype(spec.dtype, device)
-    spec = replace(spec, model=base_folder(spec.model, spec.revision))
+    folder = base_folder(spec.model, spec.revision)
+    refuse_foreign(Path(folder), spec.model)
+    spec = replace(spec, model=folder)
     try:
         model = _load_sharded(spec, dtype, device) if spec.sharded else _load(spec, dtype, device)
     except OSError as error:
@@ -222,7 +227,7 @@ def nf4_config(dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> BitsAn
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return masked(str(error)).strip().splitlines()[0]
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:

@@ -22,6 +22,7 @@ from trainers.base_model import load_base, nf4_layer_names
 from trainers.base_spec import BaseSpec
 from trainers.dora import LEAST_NORM
 from trainers.experts import ExpertMatrix, from_peft
+from trainers.foreign_code import refuse_foreign
 from trainers.gate import (
     ADAPTER_FILE,
     GateError,
@@ -134,9 +135,9 @@ def _write_merged(base: BaseSpec, spec: AdapterSpec, adapter: Path, folder: Path
 
 def published_dtype(base: BaseSpec) -> str:
     """The dtype that a base is published in, as BaseSpec names it: bf16, else fp32."""
-    config = AutoConfig.from_pretrained(
-        base_folder(base.model, base.revision), trust_remote_code=False
-    )
+    folder = base_folder(base.model, base.revision)
+    refuse_foreign(Path(folder), base.model)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return "bf16" if config.dtype == torch.bfloat16 else "fp32"
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from trainers.credentials import credential_in, mask_logs, masked
+
 URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 PATIENCE_S = 300.0
 """How long a store that does not answer is asked again, beyond what its client does on its own."""
@@ -76,6 +78,8 @@ def checked_url(url: str) -> str:
             f"storage {scheme}://...@...: must be a URL without credentials; set them in the environment "
             "of the driver and of every node"
         )
+    if why := credential_in(url):
+        raise ValueError(f"storage {scheme}://{host}/...: {why}")
     if scheme in ONE_PROCESS or not (host or path.strip("/")):
         raise ValueError(
             f"storage must be a folder, or a URL with a bucket that every node reaches "
@@ -98,13 +102,15 @@ class ObjectStore:
     def __init__(self, url: str, patience_s: float = PATIENCE_S) -> None:
         from fsspec.core import url_to_fs  # a plan without a URL need not pay
 
+        mask_logs()
         self.url, self.patience_s = url, patience_s
         try:
             # What another machine wrote must be seen: no listing is remembered.
             self.fs, self.root = url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
         except (ImportError, ValueError) as error:
+            client = CLIENTS.get(protocol_of(url), "it")
             raise StoreError(
-                f"{url}: needs a client that fsspec can load ({error}); install {CLIENTS.get(protocol_of(url), 'it')} "
+                f"{url}: needs a client that fsspec can load ({masked(str(error))}); install {client} "
                 "on the driver and on every node"
             ) from error
         self.has_folders = "file" in self._protocols()
@@ -220,7 +226,7 @@ class ObjectStore:
         return f"{self.root}/{name}" if name else self.root
 
     def _unusable(self, error: Exception) -> StoreError:
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(masked(str(error)).split()) or type(error).__name__
         return StoreError(
             f"storage {self.url}: must be readable and writable from here, is not ({text[:300]}); create the "
             "bucket, or set the store's credentials and endpoint in the environment"

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from orchestration import signals
 from orchestration.config import SweepConfig, make_config, values_of
 from orchestration.console import PlainConsole
 from orchestration.models import model_shape, require_weights
@@ -38,6 +39,7 @@ from orchestration.studies.frame import StudyFacts, frame
 from orchestration.studies.results import model_facts, write_results
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import trial_name
+from search_spaces.values import parse_targets
 from trainers.data.facts import make_facts
 from trainers.data.tokenizer import load_tokenizer
 from trainers.paths import RunPaths
@@ -57,9 +59,10 @@ def run_capacity(config: StudyConfig, run: RunPaths, facts: StudyFacts) -> int:
     require_weights(config.model)
     shape = model_shape(config.model, config.revision)
     model = model_facts(config, shape)
+    wanted_sets = recipe.fact_sets(shape)
     with driving(run), removed_if_refused(run):
         begin(run, config, facts, {"model": model, "recipe": _fixed(recipe)})
-        sets = _planned(config, recipe, run, shape)
+        sets = _planned(config, wanted_sets, run)
         _train(config, sets, console)
         trials = [t for one, _, folder in sets for t in fact_trials(one, folder, shape)]
         wanted = sum(len(one.candidates) for one, _, _ in sets)
@@ -94,23 +97,28 @@ def recipe_of(config: StudyConfig, preset: str | None) -> Recipe:
     for key in ("exposures", "global_batch_size"):
         if (value := getattr(config, key)) is not None:
             given[key] = value
-    if isinstance(config.target, list | str):
-        names = config.target.split("+") if isinstance(config.target, str) else config.target
-        given["target"] = tuple(names)
+    if config.target is not None:
+        given["target"] = _one_target(config.target)
     if "seeds" in config.model_fields_set:
         given["seeds"] = config.seed_list
     return replace(recipe, **given)
 
 
+def _one_target(value: object) -> tuple[str, ...]:
+    targets = parse_targets(value)
+    if len(targets) != 1:
+        raise ValueError(f"target must be one target in this study, got {value!r}; give one")
+    names = targets[0]
+    return tuple(names.split("+")) if isinstance(names, str) else names
+
+
 Planned = tuple[FactSet, Plan, RunPaths]
 
 
-def _planned(
-    config: StudyConfig, recipe: Recipe, run: RunPaths, shape: ModelShape
-) -> list[Planned]:
+def _planned(config: StudyConfig, sets: Sequence[FactSet], run: RunPaths) -> list[Planned]:
     """Every set written, tokenized and counted, before anything is trained."""
     found = []
-    for one in recipe.fact_sets(shape):
+    for one in sets:
         folder = RunPaths(run.root / f"facts-{one.facts.num_facts}")
         plan = checked_plan(_set_config(config, one, folder.root))
         assert plan.audit is not None
@@ -161,6 +169,8 @@ def _train(config: StudyConfig, sets: Sequence[Planned], console: Console) -> No
             needs = needs_of(plan, run, inventory, keep_weights=False)
             inventory = checked_inventory(needs, inventory, local=local)
         for one, plan, run in left:
+            if signals.received():  # it ended the set before this one
+                break
             console.print(
                 f"{one.facts.num_facts} facts, {one.facts.known_bits:,.0f} bits", markup=False
             )

@@ -26,8 +26,8 @@ from tests.orchestration.sweeps import (
 from tests.orchestration.test_orch_pool import DEMAND, pool_of, serve_constant, write_trials
 from tests.trainers.links import as_command
 from tests.trainers.trials import CANDIDATE, numbers, trial
-from trainers.checkpoint import checkpoint_examples
-from trainers.paths import RunPaths, read_json, write_json
+from trainers.checkpoint_folder import checkpoint_examples
+from trainers.paths import RunPaths, read_state, write_json
 from trainers.sft_trainer import TrialSpec, train_trial
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -137,7 +137,7 @@ def test_sweep_that_loses_all_nodes_ends_with_a_clear_line_and_resumes(
 
 
 def assert_all_finished(run: Path) -> None:
-    planned = [candidate["name"] for candidate in read_json(run / "plan.json")["candidates"]]
+    planned = [candidate["name"] for candidate in read_state(run / "plan.json")["candidates"]]
     assert len(planned) == 6
     ends = {name: status["status"] for name, status in statuses(run).items()}
     assert ends == dict.fromkeys(planned, "finished")

@@ -257,7 +257,7 @@ def test_run_folder_of_a_driver_that_died_before_its_plan_may_begin_again(tmp_pa
 @pytest.mark.parametrize(
     ("storage", "part"),
     [
-        ("s3://key:never@bucket/runs", "must be a URL without credentials"),
+        ("s3://key:never@bucket/runs", "must hold no credentials"),
         ("memory://runs", "a URL with a bucket that every node reaches"),
         ("gs://bucket/runs", "install gcsfs on the driver and on every node"),
         ("s3://no-such-bucket/runs", "create the bucket, or set the store's credentials"),

@@ -295,6 +295,7 @@ def test_pool_worker_killed_its_trials_go_on_and_end(run, one_run):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_pool_trial_that_kills_its_workers_fails_with_its_reason_and_the_others_end(run):
     with pool_of(run, 1, serve_constant) as pool:
         run_sweep(run, pool, 5, kind="fifo", max_concurrent=6, faults={5.0: "kill"})
@@ -306,6 +307,7 @@ def test_pool_trial_that_kills_its_workers_fails_with_its_reason_and_the_others_
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_pool_group_that_hangs_is_ended_and_its_trials_go_on(run, monkeypatch, num_workers):
     monkeypatch.setenv("TENFOLD_HANG_S", "4")  # these workers speak every second
@@ -355,6 +357,7 @@ def serve_together(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_pool_whose_train_controller_dies_starts_its_groups_again(run):
     with pool_of(run, 1, serve_constant) as pool:
         killer = run_sweep(
@@ -365,6 +368,7 @@ def test_pool_whose_train_controller_dies_starts_its_groups_again(run):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_pool_whose_broker_dies_ends_with_a_line_that_says_how_to_go_on(run):
     with (
         pytest.raises(ValueError, match=r"the broker .* has died; `tenfold resume` goes on"),

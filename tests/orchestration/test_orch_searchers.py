@@ -105,15 +105,16 @@ def test_list_searcher_of_nothing_finishes_at_once():
     assert ListSearcher([], {}).suggest("tune0") == Searcher.FINISHED
 
 
-def test_list_searcher_restored_goes_on_with_the_next(tmp_path):
-    trials = [{"name": name} for name in "abc"]
-    searcher = ListSearcher(trials, COMMON)
-    searcher.suggest("tune0")
-    searcher.save(str(tmp_path / "state"))
-    other = ListSearcher(trials, COMMON)
-    other.restore(str(tmp_path / "state"))
-    assert [other.suggest(str(i))["trial"]["name"] for i in range(2)] == ["b", "c"]
-    assert other.suggest("more") == Searcher.FINISHED
+def test_list_searcher_asked_to_save_leaves_no_file_and_takes_none(tmp_path):
+    searcher = ListSearcher([{"name": "a"}], COMMON)
+    searcher.save_to_dir(str(tmp_path), "session")  # as Tune asks
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "state").write_bytes(cloudpickle.dumps({"_num_suggested": 1}))
+    with pytest.raises(
+        ValueError, match="from its own files, never from Ray Tune's; use `tenfold resume`"
+    ):
+        searcher.restore(str(tmp_path / "state"))
+    assert searcher.suggest("tune0") == {"trial": {"name": "a"}, **COMMON}
 
 
 # ---- Optuna: what may be proposed
@@ -371,26 +372,20 @@ def test_optuna_history_or_first_trial_of_another_space_is_refused(line, change)
             searcher_of(line, 5, **given)
 
 
-def test_optuna_restored_goes_on_as_it_would_have(line, tmp_path):
+def test_optuna_bound_to_what_cannot_be_pickled_goes_into_tunes_own_state(line, tmp_path):
     lock = threading.Lock()  # cannot be pickled
 
     def bound(candidate: Candidate) -> dict:
         with lock:
             return make_trial(candidate)
 
-    def fresh() -> OptunaSearcher:
-        return OptunaSearcher(line.space, line.domains, 20, 0, bound, COMMON)
-
-    expected = search(fresh())
-    searcher = fresh()
-    for number in range(12):
-        candidate = candidate_of(searcher.suggest(f"tune{number}"))
-        report(searcher, f"tune{number}", [9.0, distance(candidate)])
+    searcher = OptunaSearcher(line.space, line.domains, 20, 0, bound, COMMON)
+    searcher.suggest("tune0")
     assert cloudpickle.dumps(searcher)  # Tune writes its searcher into tuner.pkl
-    searcher.save(str(tmp_path / "state"))
-    other = fresh()
-    other.restore(str(tmp_path / "state"))
-    assert search(other, number=12) == expected[12:]
+    folder = tmp_path / "tune"
+    folder.mkdir()
+    searcher.save_to_dir(str(folder), "session")
+    assert list(folder.iterdir()) == []
 
 
 def test_optuna_space_of_one_point_is_proposed_once(planned):

@@ -5,7 +5,7 @@ Two scripts beside this file read it: `make_tiny_llama.py` pretrains on `seen_fi
 unless a folder is given.
 """
 
-import runpy
+import ast
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -52,10 +52,16 @@ def unseen_files(stdlib: Path | None = None) -> list[Path]:
     return [p for p in library_files(root) if is_unseen(p.relative_to(root).as_posix())]
 
 
+def _topics(source: str) -> dict[str, str]:
+    """The dict that the one statement of pydoc_data/topics.py gives a name."""
+    values = [node.value for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return ast.literal_eval(values[0])
+
+
 def texts(paths: list[Path]) -> Iterator[str]:
     """The files' text; the language reference as prose, without the Python dict around it."""
     for path in paths:
         if path.name == "topics.py" and path.parent.name == "pydoc_data":
-            yield from runpy.run_path(str(path))["topics"].values()
+            yield from _topics(path.read_text(encoding="utf-8")).values()
         else:
             yield path.read_text(encoding="utf-8", errors="strict")

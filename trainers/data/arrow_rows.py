@@ -8,6 +8,7 @@ from typing import Any
 
 from trainers.data.json_rows import RowDecoder
 from trainers.data.records import (
+    MAX_NAME,
     DataError,
     DataFile,
     Origin,
@@ -45,7 +46,7 @@ def read_parquet(file: DataFile, wanted: frozenset[str]) -> Iterator[Record]:
             converts = {name: _json_convert(schema.field(name).type) for name in names}
             used = {name: convert for name, convert in converts.items() if convert}
             for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=names or None):
-                for row in batch.to_pylist():
+                for row in _python_rows(batch, file, number):
                     number += 1
                     for name, convert in used.items():
                         row[name] = convert(row[name])
@@ -54,6 +55,19 @@ def read_parquet(file: DataFile, wanted: frozenset[str]) -> Iterator[Record]:
         after = f" after row {number}" if number else ""
         raise DataError(
             f"{file.name}: not a readable parquet file{after}: {first_line(error)}"
+        ) from error
+
+
+def _python_rows(batch: Any, file: DataFile, number: int) -> list[dict[str, Any]]:
+    """Raises: DataError: a value that Python has no form for: a date beyond the year 9999, a time zone that
+    nobody knows."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        raise  # the file's own fault, as the caller says it
+    except (OverflowError, ValueError, LookupError) as error:
+        raise DataError(
+            f"{file.name}: a value after row {number} cannot be read: {first_line(error)}; write its column as text"
         ) from error
 
 
@@ -68,7 +82,9 @@ def _wanted_names(file: DataFile, names: list[str], wanted: frozenset[str]) -> l
     used = [name for name in names if name in wanted]
     twice = next((name for name in used if used.count(name) > 1), None)
     if twice is not None:
-        raise DataError(f'{file.name}: column names must differ, "{printable(twice)}" stands twice')
+        raise DataError(
+            f'{file.name}: column names must differ, "{printable(twice, MAX_NAME)}" stands twice'
+        )
     return used
 
 

@@ -5,7 +5,16 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from trainers.data.records import BadRows, DataError, DataFile, Origin, Record, RowError, printable
+from trainers.data.records import (
+    MAX_NAME,
+    BadRows,
+    DataError,
+    DataFile,
+    Origin,
+    Record,
+    RowError,
+    printable,
+)
 from trainers.data.text_files import decoded_line, file_lines
 
 
@@ -35,7 +44,7 @@ def read_csv(
                     origin, f"must have {len(header)} fields as the header has, has {len(values)}"
                 )
     except csv.Error as error:
-        raise DataError(f"{file.name}:{number}: not valid CSV: {error}") from error
+        raise DataError(f"{file.name}:{number}: not valid CSV: {printable(str(error))}") from error
 
 
 def _lines(file: DataFile) -> Iterator[str]:
@@ -53,6 +62,6 @@ def _header(file: DataFile, reader: Any, wanted: frozenset[str]) -> list[str]:
     twice = sorted({name for name in header if name in wanted and header.count(name) > 1})
     if twice:
         raise DataError(
-            f'{file.name}:1: column names must differ, "{printable(twice[0])}" stands twice'
+            f'{file.name}:1: column names must differ, "{printable(twice[0], MAX_NAME)}" stands twice'
         )
     return header

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 WORD = re.compile(r"(?:Ġ|▁)([A-Za-z]+)")
 """A vocabulary entry that is a space and a word: byte-level BPE writes the space Ġ, SentencePiece ▁."""
+MAX_FACTS = 10_000_000
+"""Held in memory: 2 GB of rows."""
 END_TOKENS = 1
 """Loss-bearing tokens of a row that are no symbols: the end token that `examples.RowEncoder` puts
 behind every completion."""
@@ -37,7 +39,7 @@ class FactSpec:
     The first facts of a larger set are those of a smaller one, all else equal.
 
     Args:
-        num_facts: rows, >= 1.
+        num_facts: rows, from 1 to MAX_FACTS.
         num_symbols: symbols of a value, >= 1.
         alphabet_size: different symbols, >= 2.
         num_key_words: words of a key, >= 1.
@@ -59,6 +61,10 @@ class FactSpec:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise DataError(f"{name} of facts must be >= {low}, got {getattr(self, name)}")
+        if self.num_facts > MAX_FACTS:
+            raise DataError(
+                f"num_facts must be at most {MAX_FACTS:,}, got {self.num_facts:,}; lower the loads or the ranks"
+            )
 
     @property
     def known_bits(self) -> float:

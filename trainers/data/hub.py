@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from trainers.credentials import mask_logs, masked
 from trainers.data.cache import cache_root, digest_of, read_json, write_json
 from trainers.data.records import DataError, DataFile
 from trainers.data.suffixes import file_suffix
@@ -77,7 +78,7 @@ def _fetched_files(hub_id: str, revision: str | None) -> tuple[DataFile, ...] | 
 
 def not_loaded(hub_id: str, error: BaseException) -> str:
     """Why a hub id cannot be read, on one line."""
-    reason = " ".join((str(error) or type(error).__name__).split())
+    reason = " ".join((masked(str(error)) or type(error).__name__).split())
     advice = "; name it as owner/name:subset" if "Config name is missing" in reason else ""
     return (
         f"data must be a file, a folder or a hub id; {hub_id} is neither file nor folder here, and"
@@ -88,6 +89,7 @@ def not_loaded(hub_id: str, error: BaseException) -> str:
 def _builder(hub_id: str, revision: str | None) -> Any:
     import datasets
 
+    mask_logs()
     name, _, subset = hub_id.partition(":")
     builder = datasets.load_dataset_builder(name, subset or None, revision=revision)
     if builder.name == "cache":  # what `datasets` falls back to without a network: retyped rows

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainers.data.records import (
+    MAX_NAME,
     BadRows,
     DataFile,
     Origin,
@@ -102,7 +103,7 @@ class RowDecoder:
             for name, _ in pairs:
                 if name in seen:
                     values[name] = self._marked(
-                        f'key "{printable(name)}" stands twice in one object; keep one'
+                        f'key "{printable(name, MAX_NAME)}" stands twice in one object; keep one'
                     )
                 seen.add(name)
         return values

@@ -4,7 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainers.credentials import masked
+
 NUM_SHOWN = 5
+MAX_REASON, MAX_NAME = 240, 60
+"""Characters of why a row cannot be used, which may hold what is in it, and of a name in it."""
 
 
 class DataError(ValueError):
@@ -74,7 +78,7 @@ class BadRows:
     def add(self, origin: Origin, reason: str) -> None:
         self.num_rows += 1
         if len(self.shown) < NUM_SHOWN:
-            self.shown.append(f"{origin}: {reason}")
+            self.shown.append(f"{origin}: {printable(reason)}")
 
     def raise_if_any(self) -> None:
         """Raises: DataError: there is a bad row; names the first few and the total."""
@@ -112,9 +116,13 @@ def fault_in(value: Any) -> str | None:
 
 def first_line(error: BaseException) -> str:
     """A library's message as one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return printable((masked(str(error)).strip() or type(error).__name__).splitlines()[0])
 
 
-def printable(name: str) -> str:
-    """A column's name on one line, whatever it holds."""
-    return name if name.isprintable() else name.encode("unicode_escape").decode()
+def printable(text: str, most: int = MAX_REASON) -> str:
+    """A text that came from data, on one line, whatever it holds; of a long one its two ends."""
+    if len(text) > most:
+        text = f"{text[: most - most // 4]} ... {text[len(text) - most // 4 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

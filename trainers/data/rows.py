@@ -24,6 +24,7 @@ from typing import Any
 
 from trainers.data.messages import ChatRow, chat_row, plain_text
 from trainers.data.records import (
+    MAX_NAME,
     DataError,
     Origin,
     RowError,
@@ -110,7 +111,9 @@ class RowShape:
 
     def describe(self) -> str:
         """For people: "completion (question -> prompt, answer -> completion)"."""
-        renamed = [f"{column} -> {role}" for role, column in self.columns if column != role]
+        renamed = [
+            f"{printable(column)} -> {role}" for role, column in self.columns if column != role
+        ]
         return f"{self.format} ({', '.join(renamed)})" if renamed else self.format
 
 
@@ -145,7 +148,9 @@ def detect_shape(
     check_columns(column_map, format_name)
     missing = [column for column in column_map.values() if column not in columns]
     if missing:
-        raise DataError(f"{origin}: columns names {missing[0]!r}, found {_names(columns)}")
+        raise DataError(
+            f"{origin}: columns names {printable(repr(missing[0]))}, found {_names(columns)}"
+        )
     roles = _roles(columns, column_map)
     found = format_name or _format_of(columns, roles)
     if found is None and "conversations" in columns:
@@ -168,7 +173,7 @@ def detect_shape(
 
 
 def _names(columns: Iterable[str]) -> str:
-    names = [printable(name) for name in columns]
+    names = [printable(name, MAX_NAME) for name in columns]
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
     return (", ".join(names[:NUM_NAMED]) or "none") + more
 

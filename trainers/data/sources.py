@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainers.credentials import mask_logs
 from trainers.data.records import BadRows, DataError, DataFile, Record
 from trainers.data.suffixes import file_suffix
 
@@ -240,6 +241,7 @@ def load_hub(hub_id: str, revision: str | None = None) -> Any:
 
     from trainers.data.hub import not_loaded
 
+    mask_logs()
     name, _, subset = hub_id.partition(":")
     try:
         return datasets.load_dataset(name, subset or None, split="train", revision=revision)

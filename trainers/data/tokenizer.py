@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainers.credentials import mask_logs
 from trainers.data.records import DataError, first_line
+from trainers.foreign_code import refuse_own_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -101,10 +103,12 @@ def load_tokenizer(
     Raises:
         DataError: no such model, no tokenizer in it, no end token, or a template file that is
             missing.
+        ValueError: a tokenizer that is code of the model's own.
     """
     folder = tokenizer_folder(model, revision)
-    backend = _backend(folder)
     config = _side_config(folder)
+    refuse_own_tokenizer(config, str(model or folder))
+    backend = _backend(folder)
     template = read_template(chat_template) if chat_template else config["chat_template"]
     return _loaded(backend, config, name=str(model or folder), template=template)
 
@@ -142,6 +146,7 @@ def local_folder(model: str | Path | None) -> Path | None:
 def _fetch_from_hub(model: str, revision: str | None) -> Path:
     import huggingface_hub
 
+    mask_logs()
     try:
         found = huggingface_hub.snapshot_download(
             model,

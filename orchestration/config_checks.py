@@ -1,0 +1,73 @@
+"""Checks of sweep.yaml's values that no type can say."""
+
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from orchestration.yaml_file import texts_in
+
+MAX_TEXT, MAX_PART_BYTES = 1000, 255
+"""Characters of a text; bytes between the slashes of a path."""
+MAX_WEIGHT = 1000
+"""Of a file of the data: its rows are written that often."""
+
+
+def check_data(value: Any) -> None:
+    """A file, folder or hub id, or several with weights.
+
+    Raises:
+        ValueError: something else.
+    """
+    if value is None or (isinstance(value, str) and value):
+        return
+    weights = value.values() if isinstance(value, dict) else ()
+    numbers = [w for w in weights if isinstance(w, int | float) and not isinstance(w, bool)]
+    usable = [w for w in numbers if 0 < w <= MAX_WEIGHT]
+    if not usable or len(usable) < len(value) or not all(isinstance(name, str) for name in value):
+        raise ValueError(
+            f"data must be a file, folder or hub id, or several with weights above 0 (at most {MAX_WEIGHT:,}; "
+            f"{{a.jsonl: 1, b.jsonl: 0.5}}), got {value!r}"
+        )
+
+
+def check_texts(key: str, value: Any) -> None:
+    """Texts are names and paths: not empty, on one line, and as long as names are.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for text in texts_in(value):
+        if not text:
+            raise ValueError(f"{key} must not be empty, got {value!r}; leave it out")
+        odd = next((c for c in text if unicodedata.category(c) in ("Cc", "Zl", "Zp")), None)
+        if odd is not None:
+            raise ValueError(f"{key} must be text of one line, without {odd!r}, got {text!r}")
+        if len(text) > MAX_TEXT or any(len(p.encode()) > MAX_PART_BYTES for p in text.split("/")):
+            raise ValueError(
+                f"{key} must be text of at most {MAX_TEXT:,} characters ({MAX_PART_BYTES} bytes between two "
+                f"slashes), got {text!r}"
+            )
+        if text.startswith("~"):
+            _require_home(key, text)
+
+
+def _require_home(key: str, path: str) -> None:
+    try:
+        Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{key} must be a path, {path!r} begins with no user's home") from error
+
+
+def check_prior(value: Any) -> None:
+    """Of a mapping: {from: a run}.
+
+    Raises:
+        ValueError: another one.
+    """
+    if not isinstance(value, dict):
+        return
+    folder = value.get("from")
+    if set(value) != {"from"} or not isinstance(folder, str) or not folder:
+        raise ValueError(
+            f"lr_prior must be doctrine, tinker, a number > 0, or {{from: runs/NAME}}, got {value!r}"
+        )

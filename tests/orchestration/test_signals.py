@@ -1,0 +1,330 @@
+"""SIGINT and SIGTERM to `tenfold` at every moment of its life: exit 130 or 143, one line that says how to go on,
+no process left, and a run that goes on to its end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.orchestration.sweeps import (
+    ROOT,
+    ended,
+    rows,
+    start,
+    statuses,
+    told,
+    wait_until,
+    write_config,
+)
+
+STUBS = "tests.orchestration.stubs"
+GONE_S = 10
+"""How long processes of a `tenfold` that has ended may take to go: the kernel and Ray's dashboard, seconds."""
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+SWEEP = {
+    "lora_rank": 4,
+    "learning_rate": [1e-3, 3e-3, 1e-2],
+    "examples": 160,
+    "eval_every": 32,
+    "quantization": "none",
+    "dtype": "fp32",
+    "scheduler": "fifo",
+}
+
+
+class Watched:
+    """A `tenfold` process, and every process that was ever seen below it."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process, self.below = process, set()
+
+    def look(self) -> list[psutil.Process]:
+        try:
+            found = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+        self.below |= set(found)
+        return found
+
+    def runs(self, name: str) -> bool:
+        """Whether a process below has a part of its command line that ends so."""
+        return any(_part_ends(child, name) for child in self.look())
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        wait_until(lambda: (self.look(), condition())[1], self.process)
+
+    def interrupted(self, number: int, *, group: bool = False) -> subprocess.CompletedProcess[str]:
+        """Sends a signal, and asserts how the process ends and that it leaves no other."""
+        self.look()
+        (os.killpg if group else os.kill)(self.process.pid, number)
+        done = ended(self.process)
+        assert done.returncode == CODES[signal.Signals(number)], told(done)
+        self.assert_gone()
+        return done
+
+    def assert_gone(self) -> None:
+        _, alive = psutil.wait_procs(self.below, timeout=GONE_S)
+        assert not alive, alive
+
+
+def _part_ends(process: psutil.Process, name: str) -> bool:
+    try:
+        return any(part.endswith(name) for part in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
+def one_line_with(text: str, done: subprocess.CompletedProcess[str]) -> bool:
+    return sum(text in line for line in (done.stdout + done.stderr).splitlines()) == 1
+
+
+def assert_goes_on(folder: Path, done: subprocess.CompletedProcess[str], *, stubs: bool) -> None:
+    """What was said at the end is true: `tenfold resume` finishes every trial."""
+    assert one_line_with("`tenfold resume runs/run` goes on", done), told(done)
+    module = {"module": STUBS} if stubs else {}
+    after = ended(start(folder, "resume", "runs/run", **module))
+    assert after.returncode == 0, told(after)
+    assert {status["status"] for status in statuses(folder / "runs" / "run").values()} == {
+        "finished"
+    }
+    for trial in (folder / "runs" / "run" / "trials").iterdir():
+        assert [row["examples"] for row in rows(trial)] == [0, 32, 64, 96, 128, 160]
+
+
+# ---- without Ray: while nothing has been started
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_signal_while_the_data_is_read_leaves_nothing_and_the_command_begins_again(
+    tmp_path, number
+):
+    run = write_config(tmp_path, data="rows.jsonl", capacity_policy="advisory", **SWEEP)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(_row(index) for index in range(40_000)))  # seconds of reading
+    watched = Watched(start(tmp_path, "sweep", "sweep.yaml"))
+    watched.wait_for(lambda: list((tmp_path / "cache" / "sets").glob(".*.tmp")))
+    done = watched.interrupted(number)
+    assert one_line_with("tenfold: interrupted; nothing was trained: the same command", done)
+    assert "Traceback" not in done.stderr
+    assert not run.exists()
+    assert list((tmp_path / "cache" / "sets").iterdir()) == []
+    data.write_text("".join(_row(index) for index in range(100)))
+    again = ended(start(tmp_path, "plan", "sweep.yaml"))
+    assert again.returncode == 0, told(again)
+
+
+def _row(index: int) -> str:
+    return json.dumps({"prompt": f"{index} plus one?", "completion": f" It is {index + 1}."}) + "\n"
+
+
+HANGING = """
+import signal, subprocess, sys, time
+from orchestration import signals
+with signals.handling():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    try:
+        print(child.pid, flush=True)
+        time.sleep(1000)
+    finally:
+        print("cleaning up", flush=True)
+        time.sleep(1000)
+"""
+"""A command whose clean-up hangs."""
+
+
+@pytest.mark.parametrize("first", CODES)
+@pytest.mark.parametrize("second", CODES)
+def test_second_signal_ends_a_clean_up_that_hangs_with_all_its_processes(first, second):
+    process = _python(HANGING)
+    assert process.stdout is not None
+    child = psutil.Process(int(process.stdout.readline()))
+    process.send_signal(first)
+    assert process.stdout.readline() == "cleaning up\n"
+    process.send_signal(second)
+    done = ended(process)
+    assert done.returncode == CODES[second], told(done)
+    assert done.stderr.splitlines() == [
+        "tenfold: ending (a second signal ends at once)",
+        "tenfold: ended at once, without cleaning up",
+    ]
+    psutil.wait_procs([child], timeout=GONE_S)
+    assert not child.is_running()
+
+
+ENDED = """
+import contextlib, signal, subprocess, sys
+from orchestration import signals
+with signals.handling():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    print(child.pid, flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+    try:
+        with signals.ended_by_tune():
+            print("Tune ran")
+    except KeyboardInterrupt:
+        print("nothing more was begun")
+"""
+
+
+def test_signal_that_came_before_a_run_of_tune_keeps_it_from_beginning():
+    process = _python(ENDED)
+    done = ended(process)
+    child, said = done.stdout.splitlines()
+    assert said == "nothing more was begun"
+    assert not psutil.pid_exists(int(child))
+
+
+def test_signals_are_handled_as_before_once_a_command_has_ended():
+    code = (
+        "import signal\nfrom orchestration import signals\n"
+        "before = [signal.getsignal(n) for n in signals.HANDLED]\n"
+        "with signals.handling():\n"
+        "    assert [signal.getsignal(n) for n in signals.HANDLED] != before\n"
+        "assert [signal.getsignal(n) for n in signals.HANDLED] == before\n"
+    )
+    assert ended(_python(code)).returncode == 0
+
+
+def _python(code: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+# ---- with Ray
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("number", "process"),
+    [(signal.SIGTERM, "gcs_server"), (signal.SIGINT, "raylet")],
+    ids=["SIGTERM-gcs", "SIGINT-raylet"],
+)
+def test_signal_while_ray_starts_ends_what_it_had_started(tmp_path, number, process):
+    run = write_config(tmp_path, **SWEEP)
+    watched = Watched(start(tmp_path, "sweep", "sweep.yaml", own_session=True))
+    watched.wait_for(lambda: watched.runs(process))
+    done = watched.interrupted(number, group=True)
+    assert one_line_with("tenfold: interrupted; nothing was trained: the same command", done)
+    assert not run.exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.faults
+def test_sigterm_while_workers_load_leaves_a_run_that_goes_on(tmp_path):
+    run, held = write_config(tmp_path, **SWEEP), tmp_path / "held"
+    held.touch()
+    driver = start(tmp_path, "sweep", "sweep.yaml", module=STUBS, TENFOLD_STUB_HELD=str(held))
+    watched = Watched(driver)
+    watched.wait_for(lambda: list(tmp_path.glob("held.*")))
+    done = watched.interrupted(signal.SIGTERM)
+    assert statuses(run) == {}
+    assert_goes_on(tmp_path, done, stubs=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.faults
+def test_sigterm_in_the_middle_of_a_rung_leaves_a_run_that_goes_on(tmp_path):
+    run = write_config(tmp_path, **SWEEP)
+    watched = Watched(start(tmp_path, "sweep", "sweep.yaml"))
+    watched.wait_for(lambda: list(run.glob("trials/*/checkpoint/trainer_state.json")))
+    done = watched.interrupted(signal.SIGTERM)
+    assert (run / "report.html").is_file()  # of what there is
+    assert_goes_on(tmp_path, done, stubs=False)
+
+
+@pytest.mark.ray
+@pytest.mark.faults
+def test_signals_to_sweep_then_to_resume_in_the_middle_of_a_rung_lose_nothing(tmp_path):
+    run = write_config(tmp_path, **SWEEP)
+    pace = {"module": STUBS, "TENFOLD_STUB_PACE_S": "0.5", "own_session": True}
+    watched = Watched(start(tmp_path, "sweep", "sweep.yaml", **pace))
+    watched.wait_for(lambda: _num_rows(run) >= 4)
+    watched.interrupted(signal.SIGINT, group=True)  # as a terminal sends it
+    before = _num_rows(run)
+    watched = Watched(start(tmp_path, "resume", "runs/run", **pace))
+    watched.wait_for(lambda: _num_rows(run) >= before + 2)
+    done = watched.interrupted(signal.SIGTERM)
+    assert _num_rows(run) >= before + 2
+    assert_goes_on(tmp_path, done, stubs=True)
+
+
+@pytest.mark.ray
+@pytest.mark.faults
+def test_second_ctrl_c_in_the_middle_of_a_rung_ends_at_once_and_the_run_goes_on(tmp_path):
+    run = write_config(tmp_path, **SWEEP)
+    driver = start(
+        tmp_path, "sweep", "sweep.yaml", module=STUBS, TENFOLD_STUB_PACE_S="0.5", own_session=True
+    )
+    watched = Watched(driver)
+    watched.wait_for(lambda: _num_rows(run) >= 4)
+    os.killpg(driver.pid, signal.SIGINT)
+    assert driver.stderr is not None
+    assert "a second signal ends at once" in driver.stderr.readline()
+    watched.look()
+    os.killpg(driver.pid, signal.SIGINT)
+    done = ended(driver)
+    assert done.returncode == 130, told(done)
+    assert done.stderr == "tenfold: ended at once, without cleaning up\n"
+    watched.assert_gone()
+    after = ended(start(tmp_path, "resume", "runs/run", module=STUBS))
+    assert after.returncode == 0, told(after)
+    assert {status["status"] for status in statuses(run).values()} == {"finished"}
+
+
+@pytest.mark.ray
+@pytest.mark.faults
+@pytest.mark.parametrize("number", CODES)
+def test_signal_while_the_report_is_written_leaves_a_run_that_goes_on(tmp_path, number):
+    run = write_config(tmp_path, **SWEEP)
+    watched = Watched(start(tmp_path, "sweep", "sweep.yaml", module=STUBS))
+    watched.wait_for((run / "best").is_dir)  # plotly, which the report needs, takes a second or two
+    done = watched.interrupted(number)
+    assert not (run / "report.html").exists()
+    assert_goes_on(tmp_path, done, stubs=True)
+    assert (run / "report.html").is_file()
+
+
+@pytest.mark.ray
+@pytest.mark.faults
+def test_sigterm_to_a_study_tells_the_command_that_goes_on(tmp_path):
+    command = ("study", "lr-ratio", "--preset", "smoke", "--name", "run")
+    driver = start(tmp_path, *command, module=STUBS, TENFOLD_STUB_PACE_S="0.5")
+    run, watched = tmp_path / "runs" / "run", Watched(driver)
+    watched.wait_for(lambda: _num_rows(run) >= 4)
+    done = watched.interrupted(signal.SIGTERM)
+    assert one_line_with("the same command goes on with it", done), told(done)
+    ended_before = set(statuses(run))
+    after = ended(start(tmp_path, *command, module=STUBS))
+    assert after.returncode == 0, told(after)
+    assert ended_before < set(statuses(run))
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_sigterm_to_a_study_without_ray_ends_the_processes_that_measure(tmp_path):
+    watched = Watched(start(tmp_path, "study", "compute", "--preset", "smoke", "--name", "run"))
+    watched.wait_for(lambda: watched.runs("trainers.step_cost"))
+    done = watched.interrupted(signal.SIGTERM)
+    assert one_line_with(
+        "`tenfold study compute --preset smoke --name run` goes on with it", done
+    ), told(done)
+
+
+def _num_rows(run: Path) -> int:
+    return sum(len(rows(trial)) for trial in run.glob("trials/*"))
