@@ -26,6 +26,8 @@ PEAK_BF16_FLOPS: dict[str, float] = {
 """Dense bf16 multiply-adds, two FLOPs each, a second. Source: NVIDIA's data sheets (SXM where there are two;
 tensor cores with fp32 accumulation, without sparsity)."""
 
+MAX_GPUS = 100_000
+"""ASSUMPTION: more than the largest clusters for one training have; every count of workers up to it is tried."""
 PATTERN = re.compile(
     r"(?:([0-9]{1,6})x)?([0-9]{1,6})x(?:([A-Za-z][A-Za-z0-9]*)-)?([0-9]{1,6}(?:\.[0-9]{1,6})?)GB"
 )
@@ -35,7 +37,7 @@ def parse_inventory(text: str) -> Inventory:
     """The GPUs that a text names: [NODESx]GPUSx[NAME-]SIZEGB, such as 8xH100-80GB, 2x8xA100-40GB, 1x24GB.
 
     Raises:
-        ValueError: another form, or a count of 0.
+        ValueError: another form, a count of 0, or more GPUs than any cluster has.
     """
     found = PATTERN.fullmatch(text.strip().replace(" ", ""))
     counts = [int(n) for n in found.groups(default="1")[:2]] if found else [0]
@@ -45,6 +47,8 @@ def parse_inventory(text: str) -> Inventory:
             f"got {text!r}"
         )
     nodes, per_node = counts
+    if nodes * per_node > MAX_GPUS:
+        raise ValueError(f"inventory must be of at most {MAX_GPUS:,} GPUs, got {text!r}")
     gpu_bytes = int(float(found[4]) * GB)
     return Inventory(
         num_cpus=nodes * per_node * CPUS_PER_GPU,

@@ -181,7 +181,7 @@ def _even_counts(workload: Workload, inventory: Inventory) -> Iterator[int]:
     """Numbers of workers that share every global batch and fill machines evenly."""
     present = inventory.num_gpus or inventory.num_cpus
     node = present // inventory.num_nodes
-    for count in range(2, present + 1):
+    for count in range(2, min(present, *workload.global_batch_sizes) + 1):
         even = all(size % count == 0 for size in workload.global_batch_sizes)
         if even and (count <= node or count % node == 0):
             yield count

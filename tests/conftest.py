@@ -1,10 +1,48 @@
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from uuid import uuid4
+from xml.etree import ElementTree
 
 import pytest
+
+OWN_PROCESS = "TENFOLD_TEST_OWN_PROCESS"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Runs modules marked `own_process` in one of their own: they limit memory and set alarms, which threads that
+    other tests left behind do not survive."""
+    if pyfuncitem.get_closest_marker("own_process") is None or OWN_PROCESS in os.environ:
+        return None
+    outcomes, output = outcomes_of(pyfuncitem.path)
+    problem = outcomes.get(pyfuncitem.name, f"it did not come to its end:\n{output[-6000:]}")
+    if problem:
+        pytest.fail(problem, pytrace=False)
+    return True
+
+
+@cache
+def outcomes_of(module: Path) -> tuple[dict[str, str], str]:
+    """Test -> why it failed, or nothing; and what the module's process printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", str(module), f"--junitxml={report}"]
+        done = subprocess.run(
+            command, env=os.environ | {OWN_PROCESS: "1"}, capture_output=True, text=True
+        )
+        found: dict[str, str] = {}
+        if report.is_file():
+            for case in ElementTree.parse(report).iter("testcase"):
+                bad = [child.text or "" for child in case if child.tag in ("failure", "error")]
+                found[str(case.get("name"))] = "\n".join(bad)
+        return found, done.stdout + done.stderr
+
 
 SERVER = """
 import logging, sys, time

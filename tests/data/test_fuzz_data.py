@@ -16,6 +16,8 @@ from tests.fuzzing import LONGEST_LINE, fuzz_folder, quick_settings
 
 CHECK, PLAN = ("check", "DATA"), ("plan", "sweep.yaml")
 
+pytestmark = pytest.mark.own_process
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

@@ -202,8 +202,9 @@ LEGAL: Mapping[str, st.SearchStrategy[str]] = {
     "micro_batch_size": WHOLE,
     "engine": words("packed", "solo"),
     "inventory": words(
-        "8xH100-80GB", "2x8xA100-40GB", "1x24GB", "999999x999999xH100-999999GB", "1x0.000001GB",
-        near=("0x24GB", "9" * 30 + "x80GB", "1x1e9GB", "1x" + "9" * 400 + "GB", "１xH100-80GB"),
+        "8xH100-80GB", "2x8xA100-40GB", "1x24GB", "10000x10xH100-999999GB", "1x0.000001GB",
+        near=("0x24GB", "999999x999999xH100-80GB", "9" * 30 + "x80GB", "1x1e9GB", "1x" + "9" * 400 + "GB",
+            "１xH100-80GB"),
     ),
     "price_per_gpu_hour": REAL,
     "pack_size": WHOLE,

@@ -33,6 +33,7 @@ def evaluated(run: Path) -> Counter[tuple[str, str]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_c12_sweep_of_20_points_killed_at_three_moments_repeats_no_trial_and_loses_none(tmp_path):
     # Field case C12: 20-point stub sweep of 2 s trials, kill -9 of the driver, three times.
@@ -72,6 +73,7 @@ def _kill(driver: subprocess.Popen[str]) -> None:
     driver.communicate(timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_c15_ctrl_c_ends_data_loaders_too_and_leaves_a_run_that_goes_on(tmp_path):
     # Field case C15: stub trial with a DataLoader of 2 workers.

@@ -210,8 +210,8 @@ def _python(code: str) -> subprocess.Popen[str]:
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("number", "process"),
-    [(signal.SIGTERM, "gcs_server"), (signal.SIGINT, "raylet")],
-    ids=["SIGTERM-gcs", "SIGINT-raylet"],
+    [(signal.SIGINT, "gcs_server"), (signal.SIGTERM, "dashboard/agent.py")],
+    ids=["SIGINT-gcs", "SIGTERM-agents"],  # agents live on for a minute or two without their raylet
 )
 def test_signal_while_ray_starts_ends_what_it_had_started(tmp_path, number, process):
     run = write_config(tmp_path, **SWEEP)
@@ -249,6 +249,7 @@ def test_sigterm_in_the_middle_of_a_rung_leaves_a_run_that_goes_on(tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.faults
 def test_signals_to_sweep_then_to_resume_in_the_middle_of_a_rung_lose_nothing(tmp_path):
     run = write_config(tmp_path, **SWEEP)
@@ -265,6 +266,7 @@ def test_signals_to_sweep_then_to_resume_in_the_middle_of_a_rung_lose_nothing(tm
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.faults
 def test_second_ctrl_c_in_the_middle_of_a_rung_ends_at_once_and_the_run_goes_on(tmp_path):
     run = write_config(tmp_path, **SWEEP)
@@ -288,6 +290,7 @@ def test_second_ctrl_c_in_the_middle_of_a_rung_ends_at_once_and_the_run_goes_on(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize("number", CODES)
 def test_signal_while_the_report_is_written_leaves_a_run_that_goes_on(tmp_path, number):
@@ -301,6 +304,7 @@ def test_signal_while_the_report_is_written_leaves_a_run_that_goes_on(tmp_path, 
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.faults
 def test_sigterm_to_a_study_tells_the_command_that_goes_on(tmp_path):
     command = ("study", "lr-ratio", "--preset", "smoke", "--name", "run")

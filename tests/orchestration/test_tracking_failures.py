@@ -172,6 +172,7 @@ def test_wandb_whose_service_is_killed_in_the_middle_leaves_every_row_offline(
     tracker.update(record(first, 2))
     tracker.finish(record(second, 3, "finished"))
     tracker.finish(record(first, 3, "finished"))
+    del tracker  # its process ends, and with it wandb's, which writes when it likes
     assert one_line(capsys).endswith(GOES_OFFLINE.format(run.root))
     assert offline_steps(run) == all_steps(*IDS)
 
@@ -202,6 +203,7 @@ def test_wandb_whose_server_vanishes_in_the_middle_keeps_what_was_not_sent(
     server.vanish()
     tracker.finish(record(TRIALS[0], 3, "finished"))
     tracker.finish(record("late", 3, "finished"))
+    del tracker
     assert one_line(capsys).endswith(GOES_OFFLINE.format(run.root))
     assert offline_steps(run) == all_steps(IDS[0], "sweep-late")
     # That of the sent run is there as well, as wandb keeps it.
