@@ -76,6 +76,8 @@ class Pool:
         self.hang_s = float(os.environ.get(HANG_VARIABLE, HANG_S))
         self.threads: list[tuple[list[str], threading.Thread]] = []
         self.ending = False
+        self.over = threading.Event()
+        self.watch = threading.Thread(target=self._end_the_hung, daemon=True)
 
     def __enter__(self) -> "Pool":
         import ray
@@ -99,7 +101,7 @@ class Pool:
             thread = threading.Thread(target=self._run_groups, args=(groups,), daemon=True)
             thread.start()
             self.threads.append((groups, thread))
-        threading.Thread(target=self._end_the_hung, daemon=True).start()
+        self.watch.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -107,6 +109,9 @@ class Pool:
         from ray.exceptions import RayActorError
 
         self.ending = True
+        # Joined, not left: a call to Ray after its end would start another.
+        self.over.set()
+        self.watch.join()
         try:
             ray.get(self.broker.stop.remote())
         except RayActorError:  # without it every group ends by itself
@@ -132,8 +137,7 @@ class Pool:
         import ray
         from ray.exceptions import RayError
 
-        while not self.ending:
-            time.sleep(min(LOOK_S, self.hang_s / 4))
+        while not self.over.wait(min(LOOK_S, self.hang_s / 4)):
             try:
                 for node, pid in ray.get(self.broker.hung.remote()):
                     end_process(node, pid)

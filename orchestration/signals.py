@@ -4,12 +4,18 @@ In order: a KeyboardInterrupt, so that whatever was begun is ended on the way ou
 While Ray Tune runs its own end of a run takes the place of that: its trials stay as they are. What of it hangs
 is broken off after ENDING_S by another KeyboardInterrupt, and ended at once after twice that. Either way
 no process that was started here is left: Ray's agents would live on for a minute or two without their raylet.
+
+Python handles a signal when the main thread comes back from C, where Ray can wait for ever, or for the minute
+after which it ends the process: for a server of its own that the same signal ended (Slurm and systemd tell all
+processes of a job). So a thread keeps the time, and gives an end in order up where Ray's servers have gone.
 """
 
 import os
+import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -22,8 +28,14 @@ CURSOR = "\x1b[?25h"
 """Shows a terminal's cursor again, which a live table hides."""
 END_BY_THEMSELVES = ("wandb-core", "tracker_process.py")
 """They send and write what they were given, and end within tracker_process.CLOSE_S of their driver."""
+SERVERS = ("gcs_server", "raylet")
+LOST_S = 5.0
+"""How long a command whose Ray has gone may take to find out by itself."""
+UNHEARD_S = 20.0
+"""How long the main thread may be in C before a signal is taken to be unheard."""
 ENDING_S = 60.0
 """How long an end in order may take; 10 to 25 s in the middle of a rung on a busy laptop, with the report."""
+LOOK_S = 0.5
 GONE_S = 10.0
 """How long a killed process may take to go."""
 
@@ -34,7 +46,8 @@ class _State:
 
     def reset(self) -> None:
         self.received: int | None = None
-        self.in_tune = self.hurried = False
+        self.in_tune = self.leaving_ray = False
+        self.how_to_go_on: Callable[[], str] = str
         self.below: list[Any] = []
         """What this process had started when a signal came."""
 
@@ -54,23 +67,28 @@ def handling() -> Iterator[None]:
         return
     before = {number: signal.getsignal(number) for number in HANDLED}
     _state.reset()
-    _install()
-    try:
-        yield
-    finally:
-        if _state.received is None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        else:
-            _end_what_is_below()
-            signal.setitimer(signal.ITIMER_REAL, 0)
+    with _watched():
+        _install()
+        try:
+            yield
+        finally:
+            if _state.received is None:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+            else:
+                _end_what_is_below()
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def kept(*, leaving: bool = False) -> Iterator[None]:
     """Around ray.init, which makes SIGTERM a sys.exit(15) of its own, and around ray.shutdown, which gives it
-    back to the kernel: for the second in which Ray's processes end SIGTERM is what it is without a handler."""
+    back to the kernel: for the second in which Ray's processes end SIGTERM is what it is without a handler.
+
+    Args:
+        leaving: it is ray.shutdown.
+    """
     is_ours = signal.getsignal(signal.SIGTERM) is _handle
+    _state.leaving_ray = leaving and not _has_lost_ray()
     try:
         yield
     except SystemExit as end:
@@ -109,6 +127,7 @@ def ended_by_tune() -> Iterator[None]:
 @contextmanager
 def goes_on_by(how: Callable[[], str]) -> Iterator[None]:
     """Gives the KeyboardInterrupt of what is inside the words that tell how to go on."""
+    _state.how_to_go_on = how
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -132,7 +151,7 @@ def _install() -> None:
 
 def _handle(number: int, _: FrameType | None) -> None:
     if _state.received is not None:
-        _end_at_once(number)
+        return  # the second: it is the watching thread's
     _receive(number)
     if _state.in_tune:
         signal.raise_signal(signal.SIGUSR1)
@@ -142,19 +161,81 @@ def _handle(number: int, _: FrameType | None) -> None:
 
 def _receive(number: int) -> None:
     _state.received = number
-    _say("ending (a second signal ends at once)")
-    _state.below = _below()
-    signal.signal(signal.SIGALRM, _hurry)
-    signal.setitimer(signal.ITIMER_REAL, ENDING_S, ENDING_S)
+    _state.below += _below()
 
 
-def _hurry(*_: object) -> None:
-    assert _state.received is not None
-    if _state.hurried:
-        _end_at_once(_state.received)
-    _state.hurried = True
-    _say(f"not ended within {ENDING_S:g} s: what hangs is broken off")
-    _interrupt()
+@contextmanager
+def _watched() -> Iterator[None]:
+    """Tells a thread of each signal as it comes, until the command has ended."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    signal.signal(signal.SIGALRM, _interrupt)  # the thread's word to the main one
+    threading.Thread(target=_watch, args=(reading,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+
+
+def _watch(reading: int) -> None:
+    """Ends the process where a signal asked for it and it does not end."""
+    first = _next_signal(reading, None)
+    if first:
+        _say("ending (a second signal ends at once)")
+        _state.below += _below()
+    if first and _goes_on(reading, UNHEARD_S, first):
+        if _state.received is None:
+            _end_at_once(first)
+        if _goes_on(reading, ENDING_S - UNHEARD_S, first):
+            _say(f"not ended within {ENDING_S:g} s: what hangs is broken off")
+            signal.pthread_kill(_main_thread(), signal.SIGALRM)
+            if _goes_on(reading, ENDING_S, first):
+                _end_at_once(first)
+    os.close(reading)
+
+
+def _goes_on(reading: int, seconds: float, first: int) -> bool:
+    """Whether the command takes so long; a second signal ends it, and that its Ray has gone."""
+    until, lost_s = time.monotonic() + seconds, 0.0
+    while (left := until - time.monotonic()) > 0:
+        number = _next_signal(reading, min(LOOK_S, left))
+        if number == 0:
+            return False
+        lost_s = lost_s + LOOK_S if not _state.leaving_ray and _has_lost_ray() else 0.0
+        if number or lost_s >= LOST_S:
+            _end_at_once(number or first)
+    return True
+
+
+def _has_lost_ray() -> bool:
+    """Whether a server of the Ray that was started here has ended since the signal came."""
+    import psutil
+
+    for process in list(_state.below):
+        try:
+            if process.name() in SERVERS and process.status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            continue
+    return False
+
+
+def _next_signal(reading: int, seconds: float | None) -> int | None:
+    """Its number, 0 when the command has ended, None when the time is up."""
+    until = None if seconds is None else time.monotonic() + seconds
+    while select.select([reading], [], [], until and max(0.0, until - time.monotonic()))[0]:
+        told = os.read(reading, 1)
+        if not told or told[0] in HANDLED:
+            return told[0] if told else 0
+    return None
+
+
+def _main_thread() -> int:
+    ident = threading.main_thread().ident
+    assert ident is not None
+    return ident
 
 
 def _interrupt(*_: object) -> None:
@@ -164,7 +245,8 @@ def _interrupt(*_: object) -> None:
 def _end_at_once(number: int) -> None:
     """No clean-up that may hang: the kernel lets our locks go."""
     _kill_what_is_below()
-    _say(f"{CURSOR if sys.stderr.isatty() else ''}ended at once, without cleaning up")
+    cursor, how = CURSOR if sys.stderr.isatty() else "", _state.how_to_go_on()
+    _say(f"{cursor}ended at once, without cleaning up{f'; {how}' if how else ''}")
     os._exit(SIGNALLED + number)
 
 

@@ -234,6 +234,6 @@ def stop_ray() -> None:
     import ray
 
     if "ray" in sys.modules and ray.is_initialized():
-        with signals.kept():
+        with signals.kept(leaving=True):
             ray.shutdown()
     end_alone()

@@ -110,7 +110,7 @@ def _found(text: str) -> Iterator[tuple[str, str]]:
         yield found[0], f"a token ({found[0][:3]}...)"
     for found in IN_URL.finditer(text):
         if not _kept(found):
-            yield found["start"], f"a user or token in a URL ({found['start']}...@)"
+            yield found["start"], f"a user or token before the @ of a URL ({found['start']}...)"
     for url in URL.findall(text):  # a comment may have a question mark, too
         for found in (each for each in IN_QUERY.finditer(url) if each["secret"] != MASK):
             yield url, f"a secret in a URL ({found['start'][1:]}...)"

@@ -24,7 +24,7 @@ SECRETS = {
     "DATABASE_PASSWORD": "correct horse battery staple",
 }
 URLS = {
-    "https://user:MARKERpw@host.example/owner/name": "a user or token in a URL (https://...@)",
+    "https://user:MARKERpw@host.example/owner/name": "a user or token before the @ of a URL (https://...)",
     "https://hf_MARKERmarkerMARKERmarker01@huggingface.co/owner/name": "set HF_TOKEN in the environment",
     "s3://key:MARKERsecret@bucket/data": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "s3://key:MARKER/with/slashes@bucket/data": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",

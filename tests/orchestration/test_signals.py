@@ -157,6 +157,65 @@ def test_second_signal_ends_a_clean_up_that_hangs_with_all_its_processes(first, 
     assert not child.is_running()
 
 
+STUCK = """
+import ctypes, sys, threading
+from orchestration import signals
+signals.UNHEARD_S = {unheard_s}
+sys.setswitchinterval(1000)  # another thread runs when this one is in C, and not before
+with signals.handling():
+    libc, mutex, gate = ctypes.CDLL(None), ctypes.create_string_buffer(64), threading.Lock()
+    gate.acquire()
+    threading.Thread(target=lambda: (gate.acquire(), print("stuck", flush=True))).start()
+    libc.pthread_mutex_lock(mutex)
+    gate.release()
+    libc.pthread_mutex_lock(mutex)
+"""
+"""A command whose main thread never comes back from C, so that Python never handles a signal."""
+
+
+@pytest.mark.parametrize(("unheard_s", "num_signals"), [(1, 1), (1000, 2)])
+def test_signal_ends_a_command_that_never_comes_back_from_c(unheard_s, num_signals):
+    process = _python(STUCK.format(unheard_s=unheard_s))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stuck\n"
+    assert process.stderr is not None
+    process.send_signal(signal.SIGTERM)
+    assert "a second signal ends at once" in process.stderr.readline()
+    if num_signals == 2:
+        process.send_signal(signal.SIGTERM)
+    done = ended(process)
+    assert done.returncode == 143, told(done)
+    assert done.stderr == "tenfold: ended at once, without cleaning up\n"
+
+
+BROKEN_OFF = """
+import time
+from orchestration import signals
+signals.UNHEARD_S, signals.ENDING_S = 1, 2
+with signals.handling():
+    try:
+        try:
+            print("begun", flush=True)
+            time.sleep(1000)
+        finally:
+            time.sleep(1000)
+    except KeyboardInterrupt:
+        print("broken off")
+"""
+
+
+def test_clean_up_that_hangs_is_broken_off_when_its_time_is_up():
+    process = _python(BROKEN_OFF)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    done = ended(process)
+    assert (done.returncode, done.stdout) == (0, "broken off\n"), told(done)
+    assert done.stderr.splitlines()[1:] == [
+        "tenfold: not ended within 2 s: what hangs is broken off"
+    ]
+
+
 ENDED = """
 import contextlib, signal, subprocess, sys
 from orchestration import signals
@@ -217,9 +276,36 @@ def test_signal_while_ray_starts_ends_what_it_had_started(tmp_path, number, proc
     run = write_config(tmp_path, **SWEEP)
     watched = Watched(start(tmp_path, "sweep", "sweep.yaml", own_session=True))
     watched.wait_for(lambda: watched.runs(process))
-    done = watched.interrupted(number, group=True)
+    done = watched.interrupted(number, group=number == signal.SIGINT)  # as a terminal sends it
     assert one_line_with("tenfold: interrupted; nothing was trained: the same command", done)
     assert not run.exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("process", ["gcs_server", "dashboard/agent.py"])
+def test_sigterm_to_every_process_while_ray_starts_leaves_none(tmp_path, process):
+    # As Slurm and systemd send it. Ray may wait for ever for a server of its own that has just ended.
+    run = write_config(tmp_path, **SWEEP)
+    watched = Watched(start(tmp_path, "sweep", "sweep.yaml", own_session=True))
+    watched.wait_for(lambda: watched.runs(process))
+    done = watched.interrupted(signal.SIGTERM, group=True)
+    assert "Traceback" not in done.stderr
+    assert not run.exists()
+
+
+@pytest.mark.ray
+@pytest.mark.faults
+def test_sigterm_to_every_process_in_the_middle_of_a_rung_leaves_a_run_that_goes_on(tmp_path):
+    run = write_config(tmp_path, **SWEEP)
+    paced = {"module": STUBS, "TENFOLD_STUB_PACE_S": "0.5", "own_session": True}
+    watched = Watched(start(tmp_path, "sweep", "sweep.yaml", **paced))
+    watched.wait_for(lambda: _num_rows(run) >= 5)
+    watched.interrupted(signal.SIGTERM, group=True)
+    assert "failed" not in {status["status"] for status in statuses(run).values()}
+    after = ended(start(tmp_path, "resume", "runs/run", module=STUBS))
+    assert after.returncode == 0, told(after)
+    assert [status["status"] for status in statuses(run).values()] == ["finished"] * 3
 
 
 @pytest.mark.ray
@@ -282,7 +368,8 @@ def test_second_ctrl_c_in_the_middle_of_a_rung_ends_at_once_and_the_run_goes_on(
     os.killpg(driver.pid, signal.SIGINT)
     done = ended(driver)
     assert done.returncode == 130, told(done)
-    assert done.stderr == "tenfold: ended at once, without cleaning up\n"
+    words = "ended at once, without cleaning up; `tenfold resume runs/run` goes on"
+    assert done.stderr == f"tenfold: {words}\n"
     watched.assert_gone()
     after = ended(start(tmp_path, "resume", "runs/run", module=STUBS))
     assert after.returncode == 0, told(after)

@@ -128,7 +128,8 @@ def test_wandb_that_reads_nothing_any_more_is_given_up_though_a_pipe_holds_no_mo
 ):
     (tracker,) = make_trackers(["wandb"], "sweep", run)
     tracker.update(record("long", 1))
-    (process,) = psutil.Process().children()
+    below = psutil.Process().children()
+    (process,) = (p for p in below if "tracker_process.py" in " ".join(p.cmdline()))
     process.suspend()
     monkeypatch.setattr(tracking, "ANSWER_S", 6.0)
     many = tuple(row(examples) for examples in range(5000))  # a megabyte
