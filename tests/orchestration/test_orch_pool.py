@@ -145,7 +145,9 @@ def write_trials(
         paths = run.trial(name_of(loss))
         trial = {"name": name_of(loss), "folder": str(paths.root), "loss": loss}
         trial |= {"num_examples": MAX_T, "base": {}, "data": {}}
-        trial |= {"candidate": {"full_finetune": False}, "fault": (faults or {}).get(loss, "")}
+        trial |= {"candidate": {"full_finetune": False}}
+        if faults and loss in faults:
+            trial["fault"] = faults[loss]
         write_state(paths.config, trial)
         trials.append(trial)
     return trials
