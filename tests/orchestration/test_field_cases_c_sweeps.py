@@ -20,7 +20,7 @@ from tests.orchestration.sweeps import (
     wait_until,
     write_config,
 )
-from tests.orchestration.test_signals import STUBS, Watched, assert_goes_on
+from tests.orchestration.watched import STUBS, Watched, assert_goes_on
 
 pytestmark = pytest.mark.ray
 
