@@ -226,12 +226,12 @@ def test_signal_while_ray_starts_ends_what_it_had_started(tmp_path, number, proc
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("process", ["gcs_server", "dashboard/agent.py"])
-def test_sigterm_to_every_process_while_ray_starts_leaves_none(tmp_path, process):
+@pytest.mark.faults
+def test_sigterm_to_every_process_while_ray_starts_leaves_none(tmp_path):
     # As Slurm and systemd send it. Ray may wait for ever for a server of its own that has just ended.
     run = write_config(tmp_path, **SWEEP)
     watched = Watched(start(tmp_path, "sweep", "sweep.yaml", own_session=True))
-    watched.wait_for(lambda: watched.runs(process))
+    watched.wait_for(lambda: watched.runs("dashboard/agent.py"))
     done = watched.interrupted(signal.SIGTERM, group=True)
     assert "Traceback" not in done.stderr
     assert not run.exists()
