@@ -185,6 +185,8 @@ class SweepConfig(BaseModel):
         # pydantic would take `yes` for 1, and report one problem per alternative of a union.
         key = str(info.field_name)
         check_sizes(key, value)
+        if key == "lr_prior":
+            check_prior(value)  # before what is said of any text: it shows the right form
         if key != "columns":  # a header of a csv file may have several lines
             check_texts(key, value)
         is_switch = cls.model_fields[key].annotation is bool
@@ -193,8 +195,6 @@ class SweepConfig(BaseModel):
             raise ValueError(f"{key} {must} be true or false, got {value!r}")
         if key == "data":
             check_data(value)
-        if key == "lr_prior":
-            check_prior(value)
         if key in COUNTS:
             value = _whole(value)
         if value is not None and key == "target":

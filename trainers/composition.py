@@ -93,7 +93,6 @@ class CompositionLog:
         if self.num_lines is None or self.num_lines < MOST_LINES:
             return
         rows, _ = self._rows()
-        kept: list[dict[str, Any]] = [row for row in rows if "enter" in row]
         first = next((at for at, row in enumerate(rows) if _is_needed(row, steps)), len(rows))
         kept = [row for row in rows[:first] if "enter" in row] + rows[first:]
         write_text(self.path, "".join(f"{sealed_row(row)}\n" for row in kept))

@@ -205,7 +205,9 @@ def test_config_lr_prior_from_survives_resolving_and_resuming():
     assert make_config(values, "test") == config
 
 
-@pytest.mark.parametrize("value", [{}, {"form": "runs/a"}, {"from": 3}, {"from": "a", "to": "b"}])
+@pytest.mark.parametrize(
+    "value", [{}, {"form": "runs/a"}, {"from": ""}, {"from": 3}, {"from": "a", "to": "b"}]
+)
 def test_config_lr_prior_of_another_shape_is_one_line_that_shows_the_right_one(value):
     with pytest.raises(
         ConfigError, match=r"^test: lr_prior must be .*\{from: runs/NAME\}, got"
