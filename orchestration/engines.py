@@ -78,10 +78,8 @@ def _packed(inventory: Inventory, progress: Progress, work: "Work") -> None:
         write_state(run.packs, facts)
         progress.note(f"{packs.num_groups} group(s) x {packs.places} adapters: {packs.reason}")
         homes = homes_of(run)
-        places = list(homes)
-        work.trials.sort(
-            key=lambda t: places.index(t["name"]) if t["name"] in homes else len(homes)
-        )
+        order = {name: at for at, name in enumerate(homes)}
+        work.trials.sort(key=lambda trial: order.get(trial["name"], len(order)))
         pool.open(packs.places, [(t, work.seen.get(t["name"], 0)) for t in work.trials], homes)
         work.run_all(
             ThinTrial,

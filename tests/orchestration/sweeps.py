@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
@@ -17,6 +18,18 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "trainers" / "assets" / "tiny-llama"
 FUNCTIONS = ROOT / "trainers" / "assets" / "demo" / "functions.jsonl"
 TIMEOUT_S = 800
+LONE: dict[str, Any] = {
+    "lora_rank": 4,
+    "learning_rate": [1e-3, 3e-3, 1e-2],
+    "examples": 160,
+    "eval_every": 32,
+    "quantization": "none",
+    "dtype": "fp32",
+    "pack_size": 1,
+    "scheduler": "fifo",
+}
+"""One adapter a group: the composition of a pack is then the same whenever a trial enters, and the numbers of a
+disturbed run must be equal, not near."""
 
 
 def start(

@@ -12,6 +12,7 @@ from orchestration.cli import main
 from orchestration.exit_codes import BAD_INPUT
 from orchestration.rungs import RungLedger, RungRecord
 from tests.orchestration.sweeps import (
+    LONE,
     ended,
     losses,
     processes_of,
@@ -23,17 +24,6 @@ from tests.orchestration.sweeps import (
 )
 from trainers.integrity import check_folder
 from trainers.paths import RunPaths, write_state, write_text
-
-CONFIG = {
-    "lora_rank": 4,
-    "learning_rate": [1e-3, 3e-3, 1e-2],
-    "examples": 160,
-    "eval_every": 32,
-    "quantization": "none",
-    "dtype": "fp32",
-    "pack_size": 1,
-    "scheduler": "fifo",
-}
 
 
 @pytest.fixture
@@ -120,7 +110,7 @@ def test_sweep_whose_disk_fills_ends_with_a_clear_line_and_resumes_to_the_same_n
     tmp_path, small
 ):
     run = small / "runs" / "run"
-    write_config(tmp_path, storage=str(small / "runs"), **CONFIG)
+    write_config(tmp_path, storage=str(small / "runs"), **LONE)
     sweep = start(tmp_path, "sweep", "sweep.yaml")
     wait_until(lambda: statuses(run) and len(list(run.glob("trials/*/checkpoint"))) > 1, sweep)
     filler = fill(small)
@@ -140,7 +130,7 @@ def test_sweep_whose_disk_fills_ends_with_a_clear_line_and_resumes_to_the_same_n
     done = ended(start(tmp_path, "resume", str(run)))
     assert done.returncode == 0, told(done)
     assert {status["status"] for status in statuses(run).values()} == {"finished"}
-    undisturbed = write_config(tmp_path, name="undisturbed", **CONFIG)
+    undisturbed = write_config(tmp_path, name="undisturbed", **LONE)
     done = ended(start(tmp_path, "sweep", "sweep.yaml"))
     assert done.returncode == 0, told(done)
     assert losses(run) == losses(undisturbed)

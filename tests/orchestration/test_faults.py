@@ -10,6 +10,7 @@ import yaml
 
 from tests.orchestration.sweeps import (
     FUNCTIONS,
+    LONE,
     ROOT,
     ended,
     losses,
@@ -27,20 +28,8 @@ from trainers.paths import read_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.faults]
 INJECTED = Path(__file__).with_name("injected")
-RATES = [1e-3, 3e-3, 1e-2]
-# One adapter a group: the composition of a pack is then the same whenever a trial enters, and the numbers
-# of a disturbed run must be equal, not near.
-CONFIG = {
-    "lora_rank": 4,
-    "learning_rate": RATES,
-    "examples": 160,
-    "eval_every": 32,
-    "quantization": "none",
-    "dtype": "fp32",
-    "pack_size": 1,
-    "scheduler": "fifo",
-    "data": "functions.jsonl",
-}
+RATES = LONE["learning_rate"]
+CONFIG = LONE | {"data": "functions.jsonl"}
 
 
 @pytest.fixture(scope="module")

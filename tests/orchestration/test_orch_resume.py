@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.orchestration.sweeps import (
     FUNCTIONS,
+    LONE,
     ended,
     losses,
     processes_of,
@@ -30,19 +31,7 @@ from trainers.object_store import ObjectStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-# One adapter a group: the composition of a pack is then the same whenever a trial enters, and the
-# numbers of a resumed run must be equal, not near.
-CONFIG = {
-    "lora_rank": 4,
-    "learning_rate": [1e-3, 3e-3, 1e-2],
-    "examples": 160,
-    "eval_every": 32,
-    "quantization": "none",
-    "dtype": "fp32",
-    "pack_size": 1,
-    "scheduler": "fifo",
-    "data": "functions.jsonl",
-}
+CONFIG = LONE | {"data": "functions.jsonl"}
 
 
 @pytest.fixture(scope="module")
