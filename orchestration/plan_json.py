@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from orchestration.checkpoint_bytes import checkpoint_bytes
 from orchestration.planning import Plan, epoch_examples
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate, trial_name
@@ -51,6 +52,7 @@ def plan_to_dict(plan: Plan, packs: dict[str, Any] | None = None) -> dict[str, A
         "packing": config.packing,
         "engine": config.engine,
         "packs": packs,
+        "checkpoints": checkpoint_bytes(plan),
         "cut_ranks": [_cut_dict(domain) for domain in plan.domains if domain.cut_lora_ranks],
         "cut_values": [cut for domain in plan.domains for cut in _cut_values(domain)],
         "unfit_ranks": [

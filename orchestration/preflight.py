@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.inventory import Inventory, TrialDemand, max_concurrent_trials
+from orchestration.checkpoint_bytes import ended_bytes, running_bytes
 from orchestration.config import local_inputs
 from orchestration.node_facts import NodeFacts, Question, free_bytes, node_facts, storage_free_bytes
 from orchestration.packs import adapter_params, plan_packs, trial_demand
@@ -36,9 +37,6 @@ WAIT_S = 120.0
 a machine with two busy cores. The rest is for nodes that read Python from a slow network file system."""
 SHIPPED = "py_modules_files"
 """In the path of what Ray unpacked of a job's py_modules."""
-FP32_BYTES = 4
-CHECKPOINT_COPIES, BEST_COPIES = 3, 1
-"""Weights and two AdamW moments of a checkpoint; the weights of the best evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +100,12 @@ def needs_of(
     groups = max_concurrent_trials(demand, inventory)
     at_once = packs.num_groups * packs.places if config.engine == "packed" else groups
     largest_first = sorted(adapter_params(plan), reverse=True)
-    num_params = sum(largest_first[: None if keep_weights else at_once]) + full_ft_params * groups
-    num_bytes = num_params * FP32_BYTES * (CHECKPOINT_COPIES + BEST_COPIES)
+    full = [full_ft_params] * groups if full_ft_params else []
+    running = [*largest_first[:at_once], *full]
+    kept = [*largest_first, *full] if keep_weights else running
+    num_bytes = ended_bytes(kept) + running_bytes(running)
     storage = storage_of(run)
     pack = largest_first[: packs.places if config.engine == "packed" else 1]
-    # The whole pack's, and the next checkpoint of the largest beside its present one.
-    copies = (
-        sum(pack) * (CHECKPOINT_COPIES + BEST_COPIES) + max(pack, default=0) * CHECKPOINT_COPIES
-    )
     written = sum(file.stat().st_size for file in run.trials.rglob("*") if file.is_file())
     return Needs(
         model=config.model if is_hub_id(config.model) else _absolute(config.model),
@@ -118,7 +114,7 @@ def needs_of(
         storage=storage,
         demand=demand,
         storage_bytes=max(0, num_bytes - written),
-        work_bytes=copies * FP32_BYTES if is_url(storage) else 0,
+        work_bytes=ended_bytes(pack) + running_bytes(pack) if is_url(storage) else 0,
         sharded=packs.strategy == "zero3",
     )
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from orchestration.checkpoint_bytes import checkpoints_line
 from orchestration.forgetting import retention_sentence
 from orchestration.measured import capacity_sentence
 from orchestration.placing import cost_text, packs_lines
@@ -49,6 +50,7 @@ def show_plan(plan: dict[str, Any]) -> None:
         retention_lines,
         _budget,
         _packs,
+        _checkpoints,
         _settings,
         confirmation_lines,
         _candidates,
@@ -120,6 +122,10 @@ def _packs(plan: dict[str, Any]) -> list[str]:
     if plan["engine"] == "solo":
         return ["engine solo: every trial on workers of its own"]
     return packs_lines(plan["packs"]) if plan["packs"] else []
+
+
+def _checkpoints(plan: dict[str, Any]) -> list[str]:
+    return [checkpoints_line(plan["checkpoints"])]
 
 
 def _settings(plan: dict[str, Any]) -> list[str]:

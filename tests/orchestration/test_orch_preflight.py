@@ -18,6 +18,7 @@ from orchestration.node_facts import (
     node_facts,
 )
 from orchestration.packs import plan_packs
+from orchestration.plan_json import plan_to_dict
 from orchestration.planning import Plan, make_plan
 from orchestration.preflight import (
     Needs,
@@ -29,6 +30,7 @@ from orchestration.preflight import (
     with_smallest_gpu,
 )
 from orchestration.run_folder import run_in
+from orchestration.show import show_plan
 from orchestration.trials import TrialMaker
 from tests.orchestration.sweeps import BASE, FUNCTIONS
 from trainers.paths import RunPaths
@@ -271,20 +273,35 @@ def test_needs_of_a_plan_count_checkpoints_of_all_trials_and_local_inputs(planne
     plan, run = planned(), RunPaths(tmp_path / "runs" / "run")
     needs = needs_of(plan, run, INVENTORY)
     weights = 4 * (attention_params(2) + attention_params(4))
-    assert needs.storage_bytes == weights * (3 + 1)  # weights and two moments, and the best weights
+    # Weights, two moments, the best weights; both run: the checkpoint before and the one that is written.
+    assert needs.storage_bytes == weights * (3 + 1 + 3 + 3)
     assert needs.storage == str(tmp_path / "runs")
     assert needs.inputs == (str(Path("train.jsonl").resolve()),)
     assert needs.model == str(BASE)
     assert not needs.sharded
     run.trials.mkdir(parents=True)
     (run.trials / "written").write_bytes(bytes(100))
-    assert needs_of(plan, run, INVENTORY).storage_bytes == weights * 4 - 100
+    assert needs_of(plan, run, INVENTORY).storage_bytes == weights * 10 - 100
+
+
+def test_plan_says_how_many_bytes_its_checkpoints_take(planned, capsys):
+    plan = plan_to_dict(planned())
+    both, largest = attention_params(2) + attention_params(4), attention_params(4)
+    assert plan["checkpoints"] == {
+        "ended_bytes": 4 * 4 * both,
+        "running_trial_bytes": 4 * 6 * largest,
+    }
+    show_plan(plan)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("checkpoints")]
+    assert len(said) == 1
+    assert f"{16 * both:,} bytes" in said[0]
+    assert f"{24 * largest:,} more" in said[0]
 
 
 def test_needs_of_a_study_count_what_runs_at_once(planned, tmp_path):
     plan, run = planned(engine="solo"), RunPaths(tmp_path / "run")
     needs = needs_of(plan, run, INVENTORY, keep_weights=False, full_ft_params=1000)
-    assert needs.storage_bytes == 16 * (attention_params(4) + 1000)
+    assert needs.storage_bytes == 4 * 10 * (attention_params(4) + 1000)
 
 
 def test_needs_of_a_run_at_a_url_count_the_copies_of_a_worker(planned, tmp_path):
@@ -292,9 +309,8 @@ def test_needs_of_a_run_at_a_url_count_the_copies_of_a_worker(planned, tmp_path)
     plan, run = planned(storage=storage), run_in(storage, "run")
     needs = needs_of(plan, run, INVENTORY)
     assert needs.storage == storage
-    # Both adapters of the pack with moments and best weights, and the larger one's next checkpoint.
-    params = 4 * (attention_params(2) + attention_params(4)) + 3 * attention_params(4)
-    assert needs.work_bytes == 4 * params
+    # Both adapters of the pack: last, before and next checkpoint, and best weights.
+    assert needs.work_bytes == 4 * 10 * (attention_params(2) + attention_params(4))
     assert needs_of(plan, RunPaths(tmp_path / "run"), INVENTORY).work_bytes == 0
     trial = TrialMaker(plan, CPU, plan_packs(plan, INVENTORY), run).make(plan.pruned.admitted[0])
     assert trial["folder"] == f"{storage}/run/trials/{trial['name']}"
