@@ -8,20 +8,24 @@ trials/T/status.json            from its metrics and the scheduler's decisions; 
 rungs.jsonl                     a damaged line is left out (orchestration/rungs.py)
 """
 
-import shutil
 from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
 from orchestration.results import TrialRecord, best_trial, mark_ended, read_trial, read_trials
 from orchestration.rungs import RungLedger
-from trainers.checkpoint_folder import Checkpoint, copy_weights, find_checkpoint
+from trainers.checkpoint_folder import (
+    Checkpoint,
+    copy_weights,
+    fetch_checkpoint,
+    find_checkpoint,
+)
 from trainers.integrity import DamagedError, check_folder, sound_rows
 from trainers.mirror import fetch_all_records, fetch_folder, shown
 from trainers.paths import (
     RunPaths,
     TrialPaths,
-    previous_of,
+    drop_previous,
     read_state,
     remove_file,
     write_json_lines,
@@ -79,7 +83,7 @@ def mend_trial(paths: TrialPaths, planned: Set[str], say: Say) -> None:
             mark_ended(paths, "finished", "")
         say(f"{problem}; the trial's end is worked out from its metrics and its checkpoint")
     if paths.status.exists():  # it has ended: what it would have gone on from is of no use
-        shutil.rmtree(previous_of(paths.checkpoint), ignore_errors=True)
+        drop_previous(paths.checkpoint)
 
 
 def _config(paths: TrialPaths, planned: Set[str], say: Say) -> dict[str, Any] | None:
@@ -116,7 +120,7 @@ def _mend_metrics(paths: TrialPaths, say: Say) -> None:
 
 def _checkpoint_of(paths: TrialPaths) -> Checkpoint | None:
     """A trial's checkpoint; None where there is none, or a damaged one, of which its worker speaks."""
-    fetch_folder(paths.checkpoint)
+    fetch_checkpoint(paths.checkpoint)
     try:
         return find_checkpoint(paths.checkpoint)
     except DamagedError:

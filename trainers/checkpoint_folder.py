@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.integrity import DamagedError, checksums, first_whole, write_checksums
+from trainers.mirror import fetch_folder, fetch_previous, folder_written
 from trainers.paths import (
     existing_folder,
     previous_of,
@@ -61,6 +62,13 @@ def find_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
+def fetch_checkpoint(folder: Path) -> None:
+    """Brings here what a run on an object store has of a checkpoint, and the one before where it is damaged."""
+    fetch_folder(folder)
+    if folder.is_dir() and first_whole([folder])[0] is None:
+        fetch_previous(folder, previous_of(folder))
+
+
 def checkpoint_examples(folder: Path) -> int:
     """Examples that the run of a checkpoint had seen; 0 where there is none."""
     checkpoint = find_checkpoint(folder)
@@ -72,6 +80,7 @@ def put_back(checkpoint: Checkpoint, folder: Path) -> None:
     if checkpoint.folder != folder:
         shutil.rmtree(folder, ignore_errors=True)
         checkpoint.folder.rename(folder)
+        folder_written(folder)
 
 
 def copy_weights(checkpoint: Path, folder: Path) -> None:

@@ -102,8 +102,8 @@ def checksums(folder: Path) -> dict[str, dict[str, Any]]:
     """
     path = folder / CHECKSUMS
     if not path.is_file():
-        raise DamagedError(f"{path}: must be there, is not: the folder is not whole")
-    return unsealed(path.read_bytes().decode("utf-8", errors="replace"), path)["files"]
+        raise DamagedError(f"{_shown(path)}: must be there, is not: the folder is not whole")
+    return unsealed(path.read_bytes().decode("utf-8", errors="replace"), _shown(path))["files"]
 
 
 def check_folder(folder: Path) -> None:
@@ -116,15 +116,22 @@ def check_folder(folder: Path) -> None:
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
         if size is None:
-            raise DamagedError(f"{path}: must be there, is not: the folder is not whole")
+            raise DamagedError(f"{_shown(path)}: must be there, is not: the folder is not whole")
         if size != entry["bytes"]:
             raise DamagedError(
-                f"{path}: must have {entry['bytes']:,} bytes, has {size:,}: it is cut short, or another file"
+                f"{_shown(path)}: must have {entry['bytes']:,} bytes, has {size:,}: it is cut short, or another file"
             )
         if file_sha256(path) != entry["sha256"]:
             raise DamagedError(
-                f"{path}: its SHA-256 is not the one that was written down: it is damaged"
+                f"{_shown(path)}: its SHA-256 is not the one that was written down: it is damaged"
             )
+
+
+def _shown(path: Path) -> str:
+    """A path as its user knows it: of a run on an object store not that of this machine's copy."""
+    from trainers.mirror import shown  # which stands on this module
+
+    return shown(path)
 
 
 def sync_folder(folder: Path) -> None:

@@ -15,12 +15,19 @@ from trainers.data.cache import cache_root, digest_of
 from trainers.host import host_id, is_alive
 from trainers.lease import require_driver
 from trainers.object_store import ObjectStore, is_url
-from trainers.remote_folder import MANIFEST, download_folder, file_within, upload_folder
+from trainers.remote_folder import (
+    MANIFEST,
+    PREVIOUS,
+    download_folder,
+    drop_previous,
+    file_within,
+    upload_folder,
+)
 
 WHOLE_FOLDERS = ("checkpoint", "best")
 """Folders that come and go as a whole."""
 VERSIONED = ("checkpoint",)
-"""Of these the one before must stay whole until the next is there: a trial goes on from it."""
+"""Of these the one before stays: a trial goes on from it where the last is damaged."""
 ONE_WAY = ("wandb", "tensorboard")
 """What trackers leave: no process reads it back."""
 TRIALS = "/trials/"
@@ -47,6 +54,8 @@ class Mirror:
         self._sent: dict[Path, tuple[int, int]] = {}
         self._held: dict[Path, bytes] = {}
         """Folder -> the manifest that it was fetched by; what was written here since has none."""
+        self._may_have_previous: set[str] = set()
+        """Names of folders whose predecessor may still be there."""
 
     def name(self, path: Path) -> str:
         """The store's name of a path in the copy."""
@@ -69,8 +78,10 @@ class Mirror:
     def push_folder(self, path: Path) -> None:
         """Puts a folder there that was written here."""
         self._held.pop(path, None)
-        versioned = path.name in VERSIONED
-        upload_folder(self.store, path, self.name(path), versioned=versioned, check=self.check)
+        name, versioned = self.name(path), path.name in VERSIONED
+        upload_folder(self.store, path, name, versioned=versioned, check=self.check)
+        if versioned:
+            self._may_have_previous.add(name)
 
     def push_rest(self) -> None:
         """Puts what was written here by others (trackers), as far as it changed."""
@@ -97,21 +108,34 @@ class Mirror:
             self._keep(self.name(path), content)
 
     def pull_folder(self, path: Path) -> None:
-        """Brings a folder here to what it is there.
-
-        Raises:
-            StoreError: it is not whole there.
-        """
+        """Brings a folder here to what it is there, damaged or whole: its checksums tell."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        manifest = download_folder(self.store, self.name(path), path, held=self._held.get(path))
+        name, held = self.name(path), self._held.get(path)
+        manifest = download_folder(self.store, name, path, held=held, as_it_is=True)
         if manifest is None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             self._held[path] = manifest
+            if path.name in VERSIONED:
+                self._may_have_previous.add(name)
+
+    def pull_previous(self, path: Path, target: Path) -> None:
+        """Brings the folder before one to a target here, where it is there."""
+        download_folder(self.store, self.name(path), target, previous=True, as_it_is=True)
+
+    def drop_previous(self, path: Path) -> None:
+        """Removes the folder before one there."""
+        if (name := self.name(path)) in self._may_have_previous:
+            self.check()
+            drop_previous(self.store, name)
+            self._may_have_previous.discard(name)
 
     def pull_records(self) -> None:
         """Brings everything here that changed there, but for weights and what nobody reads back."""
-        found = {name: tag for name, tag in self.store.listing().items() if _is_record(name)}
+        names = self.store.listing()
+        found = {name: tag for name, tag in names.items() if _is_record(name)}
+        kept = (name for name in names if name.endswith(f"/{PREVIOUS}"))
+        self._may_have_previous |= {name.removesuffix(f"/{PREVIOUS}") for name in kept}
         changed = [name for name, tag in found.items() if self._seen.get(name) != tag]
         for name, content in self.store.read_all(changed).items():
             self._keep(name, content)
@@ -207,13 +231,21 @@ def fetch(path: Path) -> None:
 
 
 def fetch_folder(path: Path) -> None:
-    """Brings a folder of a copy to what it is on the store.
-
-    Raises:
-        StoreError: it is not whole there.
-    """
+    """Brings a folder of a copy to what it is on the store, damaged or whole."""
     if mirror := mirror_of(path):
         mirror.pull_folder(path)
+
+
+def fetch_previous(path: Path, target: Path) -> None:
+    """Brings the folder before one of a copy, as it is on the store, to a target."""
+    if mirror := mirror_of(path):
+        mirror.pull_previous(path, target)
+
+
+def previous_dropped(path: Path) -> None:
+    """The folder before one was removed."""
+    if mirror := mirror_of(path):
+        mirror.drop_previous(path)
 
 
 def fetch_all_records(root: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.integrity import DamagedError, sealed, sealed_row, sound_rows, unsealed
-from trainers.mirror import folder_written, removed, written
+from trainers.mirror import folder_written, previous_dropped, removed, shown, written
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         DamagedError: the file is something else.
     """
-    return unsealed(path.read_bytes().decode("utf-8", errors="replace"), path)
+    return unsealed(path.read_bytes().decode("utf-8", errors="replace"), shown(path))
 
 
 def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -213,7 +213,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     rows, damaged = sound_rows(path)
     if damaged:
         raise DamagedError(
-            f"{path}:{damaged[0]}: must be a row with its checksum, is not: the file is damaged, or was changed "
+            f"{shown(path)}:{damaged[0]}: must be a row with its checksum, is not: the file is damaged, or was changed "
             "by hand"
         )
     return rows
@@ -239,6 +239,12 @@ def replace_folder(temporary: Path, target: Path, *, keep_previous: bool = False
     if not keep_previous:
         shutil.rmtree(old, ignore_errors=True)
     folder_written(target)
+
+
+def drop_previous(target: Path) -> None:
+    """Removes the folder that a target replaced."""
+    shutil.rmtree(previous_of(target), ignore_errors=True)
+    previous_dropped(target)
 
 
 def remove_folder(target: Path) -> None:

@@ -1,6 +1,5 @@
 """What a trial leaves on disk while it trains: its metrics, checkpoints and best weights, and how it ended."""
 
-import shutil
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from trainers.object_store import StoreError
 from trainers.paths import (
     TrialPaths,
     append_text,
-    previous_of,
+    drop_previous,
     remove_folder,
     write_json_lines,
     write_state,
@@ -147,7 +146,7 @@ class Recorder:
         def write() -> None:
             self.write_status(self.paths, run.status, run.reason, run.examples, run.steps)
             if self.spec.keep_weights:
-                shutil.rmtree(previous_of(self.paths.checkpoint), ignore_errors=True)
+                drop_previous(self.paths.checkpoint)
             else:
                 remove_folder(self.paths.checkpoint)
 

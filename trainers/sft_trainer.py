@@ -18,7 +18,7 @@ from trainers.adapters import Pack
 from trainers.base_model import device_name, load_base
 from trainers.batches import RowSource
 from trainers.checkpoint import load_checkpoint, lora_config
-from trainers.checkpoint_folder import find_checkpoint
+from trainers.checkpoint_folder import fetch_checkpoint, find_checkpoint
 from trainers.comm import Comm
 from trainers.composer import ForwardLimits
 from trainers.cpu import keep_freed_memory
@@ -33,7 +33,7 @@ from trainers.loop import Trainer
 from trainers.measure import measure_max_tokens
 from trainers.meta_shape import shape_of_config
 from trainers.metrics import best_row
-from trainers.mirror import fetch, fetch_folder
+from trainers.mirror import fetch
 from trainers.out_of_memory import NoRoomError, is_out_of_memory, shared, shortage_of
 from trainers.paths import (
     TrialPaths,
@@ -115,7 +115,7 @@ def _fetch(paths: TrialPaths) -> None:
     """Brings here what a run on an object store has of a trial: another machine may have had it."""
     for path in (paths.metrics, paths.notes):
         fetch(path)
-    fetch_folder(paths.checkpoint)
+    fetch_checkpoint(paths.checkpoint)
 
 
 def adapter_of(candidate: Candidate, shape: ModelShape) -> AdapterSpec:

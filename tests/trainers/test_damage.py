@@ -1,7 +1,9 @@
 """A trial whose files on disk are damaged: it goes on from the checkpoint before, says so, and ends in the numbers
 of an undisturbed one."""
 
+import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ from tests.trainers.trials import CANDIDATE, numbers, trial
 from trainers.base_model import BaseSpec
 from trainers.comm import Comm
 from trainers.integrity import CHECKSUMS, check_folder, sound_rows
+from trainers.mirror import fetch_folder, local_folder, opened
 from trainers.pack_server import PackServer
 from trainers.paths import TrialPaths, previous_of, read_json_lines, read_state
+from trainers.remote_folder import MANIFEST, PREVIOUS
 from trainers.sft_trainer import Station, TrialSpec, recorded_rows, train_trial
 
 FILES = ("adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json", CHECKSUMS)
@@ -92,6 +96,84 @@ def test_damage_of_the_last_checkpoint_the_one_before_is_taken_and_said(make, wh
     check_folder(paths.checkpoint)
     check_folder(paths.best)
     assert not previous_of(paths.checkpoint).exists()
+
+
+@pytest.fixture
+def at_store(make, tmp_path, monkeypatch):
+    """A trial of a run on an object store, killed at 8 examples with its process; and the folder of its
+    checkpoint on the store."""
+    monkeypatch.setenv("TENFOLD_CACHE", str(tmp_path / "cache"))
+    url = f"file://{tmp_path}/store/runs/run"
+
+    def opened_again() -> TrialSpec:
+        return replace(make("at store"), folder=local_folder(f"{url}/trials/t"))
+
+    killed_at_8(opened_again())
+    opened(url).close()
+    yield opened_again(), tmp_path / "store" / "runs" / "run" / "trials" / "t" / "checkpoint"
+    opened(url).close()
+
+
+def objects(folder: Path, manifest: str) -> dict[str, Path]:
+    """File of a folder on a store -> where it lies there."""
+    files = json.loads((folder / manifest).read_text())["files"]
+    return {name: folder / entry["object"] for name, entry in files.items()}
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil"),
+    [*product(FILES, [flipped, removed]), (MANIFEST, truncated), (MANIFEST, emptied)],
+)
+def test_damage_on_a_store_the_checkpoint_before_is_taken_and_said(at_store, whole, file, spoil):
+    spec, folder = at_store
+    found = objects(folder, MANIFEST) | {MANIFEST: folder / MANIFEST}
+    spoil(found[file])
+    assert [row["examples"] for row in recorded_rows(spec)] == [4]
+    assert train_trial(spec, lambda row: True).status == "finished"
+    paths = TrialPaths(spec.folder)
+    assert numbers(read_json_lines(paths.metrics)) == whole
+    (note,) = [row["note"] for row in read_json_lines(paths.notes)]
+    assert note.startswith(f"{folder.as_uri()}/")
+    assert note.endswith("; the checkpoint before it is taken, of 4 examples")
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    now = {path.relative_to(folder).as_posix() for path in objects(folder, MANIFEST).values()}
+    assert left == {*now, MANIFEST}  # of an ended trial the last alone
+    fetch_folder(paths.checkpoint)
+    check_folder(paths.checkpoint)
+
+
+def test_damage_on_a_store_of_both_checkpoints_fails_the_trial(at_store):
+    spec, folder = at_store
+    for manifest in (MANIFEST, PREVIOUS):
+        flipped(objects(folder, manifest)["optimizer.safetensors"])
+    result = train_trial(spec, lambda row: True)
+    assert result.status == "failed"
+    assert result.reason.startswith("no checkpoint is whole: ")
+    assert result.reason.count("its SHA-256 is not the one that was written down") == 2
+
+
+def test_damage_on_a_store_a_driver_that_dies_while_it_puts_back_loses_neither(
+    at_store, whole, monkeypatch
+):
+    spec, folder = at_store
+    flipped(objects(folder, MANIFEST)["adapter_model.safetensors"])
+    store = opened(folder.parents[2].as_uri()).store
+    write, written = store.write, []
+
+    def dies(name: str, content: bytes, **flags: bool) -> bool:
+        if name.endswith(PREVIOUS):
+            raise Killed
+        written.append(name)
+        return write(name, content, **flags)
+
+    monkeypatch.setattr(store, "write", dies)
+    with pytest.raises(Killed):
+        train_trial(spec, lambda row: True)
+    monkeypatch.undo()
+    assert written  # it had put the manifest there
+    assert [row["examples"] for row in recorded_rows(spec)] == [4]
+    assert train_trial(spec, lambda row: True).status == "finished"
+    assert numbers(read_json_lines(TrialPaths(spec.folder).metrics)) == whole
 
 
 @pytest.mark.parametrize("spoil", [truncated, flipped, emptied])

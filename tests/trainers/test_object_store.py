@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from trainers.object_store import ObjectStore, StoreError, checked_url, is_url
-from trainers.remote_folder import MANIFEST, download_folder, file_within, upload_folder
+from trainers.remote_folder import (
+    MANIFEST,
+    download_folder,
+    drop_previous,
+    file_within,
+    upload_folder,
+)
 
 
 @pytest.fixture(params=["s3", "file"])
@@ -161,7 +167,21 @@ def test_folder_comes_back_as_it_was_put_and_the_next_takes_its_place(store, tmp
     upload_folder(store, second, "t/x", versioned=versioned)
     assert download_folder(store, "t/x", tmp_path / "back")
     assert contents(tmp_path / "back") == {"a": "3"}
+    if versioned:
+        assert download_folder(store, "t/x", tmp_path / "before", previous=True)
+        assert contents(tmp_path / "before") == {"a": "1", "b": "2"}
+        drop_previous(store, "t/x")
+        assert download_folder(store, "t/x", tmp_path / "back")
+        assert contents(tmp_path / "back") == {"a": "3"}
     assert len(store.listing("t/x")) == 2  # nothing of the first is left beside the manifest
+
+
+def test_folder_has_one_before_it_and_none_before_that(store, tmp_path):
+    for text in ("1", "2", "3"):
+        upload_folder(store, folder_with(tmp_path / text, a=text), "t/x", versioned=True)
+    assert download_folder(store, "t/x", tmp_path / "before", previous=True)
+    assert contents(tmp_path / "before") == {"a": "2"}
+    assert len(store.listing("t/x")) == 4  # two manifests, two files
 
 
 def test_folder_whose_upload_dies_leaves_the_one_before_whole(store, tmp_path):
@@ -177,7 +197,10 @@ def test_folder_whose_upload_dies_leaves_the_one_before_whole(store, tmp_path):
     assert download_folder(store, "t/checkpoint", tmp_path / "back")
     assert contents(tmp_path / "back") == {"a": "1"}
     upload_folder(store, folder_with(tmp_path / "3", a="3"), "t/checkpoint", versioned=True)
-    assert len(store.listing("t/checkpoint")) == 2  # what the dead upload left is gone too
+    # What the dead upload left is gone: two manifests with a file each.
+    assert len(store.listing("t/checkpoint")) == 4
+    assert download_folder(store, "t/checkpoint", tmp_path / "before", previous=True)
+    assert contents(tmp_path / "before") == {"a": "1"}
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "lost"])
