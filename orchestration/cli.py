@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 EXIT_CODES = (
     "exit codes: 0 done; 1 no trial ended with a usable score; 2 input that cannot be used; "
-    "130 interrupted; 143 ended by SIGTERM"
+    "130 interrupted; 143 ended by SIGTERM, 129 by SIGHUP"
 )
 
 

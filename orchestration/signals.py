@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM to the `tenfold` command: the first ends it in order, the second at once.
+"""Ctrl-C, SIGTERM and SIGHUP to the `tenfold` command: the first ends it in order, the second at once.
 
 In order: a KeyboardInterrupt, so that whatever was begun is ended on the way out (Ray, its workers, locks).
 While Ray Tune runs its own end of a run takes the place of that: its trials stay as they are. What of it hangs
@@ -13,6 +13,7 @@ processes of a job). So a thread keeps the time, and gives an end in order up wh
 import os
 import select
 import signal
+import stat
 import sys
 import threading
 import time
@@ -23,7 +24,8 @@ from typing import Any
 
 from orchestration.exit_codes import INTERRUPTED, SIGNALLED
 
-HANDLED = (signal.SIGINT, signal.SIGTERM)
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STANDARD_FILES = (0, 1, 2)
 CURSOR = "\x1b[?25h"
 """Shows a terminal's cursor again, which a live table hides."""
 END_BY_THEMSELVES = ("wandb-core", "tracker_process.py")
@@ -57,7 +59,7 @@ _state = _State()
 
 @contextmanager
 def handling() -> Iterator[None]:
-    """Handles both signals in this process; what handled them before does so again afterwards, unless one
+    """Handles the signals in this process; what handled them before does so again afterwards, unless one
     came: then a second one still ends the rest of the way out.
 
     Elsewhere than in the main thread, where Python handles signals, nothing is changed.
@@ -141,12 +143,25 @@ def received() -> bool:
 
 def exit_code(code: int) -> int:
     """The exit code of an interrupted command, by the signal that came: 128 + its number."""
-    return SIGNALLED + (_state.received or signal.SIGINT) if code == INTERRUPTED else code
+    if code != INTERRUPTED:
+        return code
+    _forget_interrupts()
+    return SIGNALLED + (_state.received or signal.SIGINT)
+
+
+def _forget_interrupts() -> None:
+    """CPython remembers a KeyboardInterrupt that left code run from text (what makes a dataclass while a module is
+    imported), though it was caught, and under `python -m` then dies of SIGINT whatever the exit code says. It
+    forgets when other text is run."""
+    import ctypes
+
+    ctypes.pythonapi.PyRun_SimpleString(b"")
 
 
 def _install() -> None:
     for number in HANDLED:
-        signal.signal(number, _handle)
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _handle)
 
 
 def _handle(number: int, _: FrameType | None) -> None:
@@ -160,8 +175,18 @@ def _handle(number: int, _: FrameType | None) -> None:
 
 
 def _receive(number: int) -> None:
+    _leave_lost_terminal()
     _state.received = number
     _state.below += _below()
+
+
+def _leave_lost_terminal() -> None:
+    """A terminal that has gone (SIGHUP) takes nothing more: writing to it is an error, and none of ours."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for file in STANDARD_FILES:
+        if stat.S_ISCHR(os.fstat(file).st_mode) and not os.isatty(file):
+            os.dup2(nowhere, file)
+    os.close(nowhere)
 
 
 @contextmanager
@@ -183,6 +208,7 @@ def _watch(reading: int) -> None:
     """Ends the process where a signal asked for it and it does not end."""
     first = _next_signal(reading, None)
     if first:
+        _leave_lost_terminal()
         _say("ending (a second signal ends at once)")
         _state.below += _below()
     if first and _goes_on(reading, UNHEARD_S, first):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -168,6 +169,15 @@ def test_resume_of_a_run_of_another_user_is_refused_in_one_line(workplace, capsy
     assert sorted(run.root.iterdir()) == before
 
 
+LOOK_AS_STRANGER = """
+import os, sys
+from pathlib import Path
+from orchestration.own_folder import require_own
+os.setuid(int(sys.argv[2]))
+require_own(Path(sys.argv[1]))
+"""
+
+
 @as_root
 def test_run_of_another_user_who_lets_all_write_is_not_this_ones(tmp_path):
     """As that user, whom the kernel lets write."""
@@ -176,15 +186,10 @@ def test_run_of_another_user_who_lets_all_write_is_not_this_ones(tmp_path):
     folder.chmod(0o777)
     for parent in (tmp_path, *tmp_path.parents[:2]):
         parent.chmod(0o755)
-    pid = os.fork()
-    if pid == 0:
-        os.setuid(STRANGER)
-        try:
-            require_own(folder)
-        except ValueError as error:
-            os._exit(0 if "belongs to root (uid 0)" in str(error) else 2)
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    looks = [sys.executable, "-c", LOOK_AS_STRANGER, str(folder), str(STRANGER)]
+    done = subprocess.run(looks, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "belongs to root (uid 0)" in done.stderr.splitlines()[-1]
 
 
 def test_run_of_ones_own_is_driven_and_holds_no_trace_of_the_look(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 
 from tests.orchestration.sweeps import (
     ROOT,
+    TIMEOUT_S,
     ended,
     rows,
     start,
@@ -98,6 +99,66 @@ def test_second_signal_ends_a_clean_up_that_hangs_with_all_its_processes(first, 
     ]
     psutil.wait_procs([child], timeout=GONE_S)
     assert not child.is_running()
+
+
+ENDS_WITH_A_MARK = """
+import pathlib, sys, time
+from orchestration import signals
+with signals.handling():
+    try:
+        print("begun", flush=True)
+        time.sleep(1000)
+    except KeyboardInterrupt:
+        print("a report", flush=True)
+        pathlib.Path(sys.argv[1]).write_text("ended in order")
+        sys.exit(signals.exit_code(130))
+"""
+
+
+def test_terminal_that_goes_ends_a_command_in_order(tmp_path):
+    mark = tmp_path / "mark"
+    master, slave = os.openpty()
+    command = [sys.executable, "-c", ENDS_WITH_A_MARK, str(mark)]
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: os.login_tty(os.dup(slave)),
+        pass_fds=[slave],
+    )
+    os.close(slave)
+    assert os.read(master, 100).startswith(b"begun")
+    os.close(master)  # and the kernel sends SIGHUP to whoever it was the terminal of
+    assert process.wait(TIMEOUT_S) == 128 + signal.SIGHUP
+    assert mark.read_text() == "ended in order"
+
+
+def test_command_that_outlives_its_terminal_by_nohup_goes_on(tmp_path):
+    mark = tmp_path / "mark"
+    process = _python(ENDS_WITH_A_MARK, str(mark), before=("nohup",))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    assert ended(process).returncode == 143
+    assert mark.read_text() == "ended in order"
+
+
+CAUGHT = """
+import sys
+from orchestration import exit_codes, signals
+try:
+    exec("raise KeyboardInterrupt")  # as in the midst of an import that makes a dataclass
+except KeyboardInterrupt:
+    sys.exit(signals.exit_code(exit_codes.INTERRUPTED))
+"""
+"""A command that was interrupted in code run from text, which CPython remembers."""
+
+
+def test_interrupt_that_left_code_run_from_text_ends_in_its_exit_code(tmp_path):
+    (tmp_path / "caught.py").write_text(CAUGHT)
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    command = [sys.executable, "-m", "caught"]
+    assert subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode == 130
 
 
 STUCK = """
@@ -194,9 +255,9 @@ def test_signals_are_handled_as_before_once_a_command_has_ended():
     assert ended(_python(code)).returncode == 0
 
 
-def _python(code: str) -> subprocess.Popen[str]:
+def _python(code: str, *arguments: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", code],
+        [*before, sys.executable, "-c", code, *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
