@@ -31,6 +31,7 @@ from orchestration.trials import known_names, settle, unended, untold
 from trainers.paths import RunPaths, read_state, write_state
 
 PLACES, NUM_GROUPS = 8, 2
+SAY_EVERY_S = 10.0
 EXPECTED = {
     "": {"finished", "stopped"},
     "kill once": {"finished", "stopped"},
@@ -83,6 +84,7 @@ def soak(run: RunPaths, args: argparse.Namespace) -> dict[str, Any]:
     planned = write_trials(run, args, rng)
     kills, done = Counter[str](), 0
     drivers_left, actors_left = args.driver_kills, args.actor_kills
+    next_word = began
     driver = _start(run)
     while driver.poll() is None or done < args.candidates:
         if driver.poll() is not None:
@@ -99,7 +101,9 @@ def soak(run: RunPaths, args: argparse.Namespace) -> dict[str, Any]:
             victim = _victim(driver, rng)
             kills[victim] += bool(victim)
             actors_left -= bool(victim)
-        say(f"{done} of {args.candidates} ended; killed {dict(kills)}")
+        if time.monotonic() > next_word:
+            say(f"{done} of {args.candidates} ended; killed {dict(kills)}")
+            next_word += SAY_EVERY_S
     return account(run, planned, kills) | {"seconds": round(time.monotonic() - began)}
 
 
@@ -141,8 +145,7 @@ def _victim(driver: subprocess.Popen[bytes], rng: random.Random) -> str:
 
 def account(run: RunPaths, planned: dict[str, str], kills: Counter[str]) -> dict[str, Any]:
     """What became of every candidate."""
-    said: list[str] = []
-    mend(run, set(), said.append)
+    mend(run, set(), partial(_note, run))
     settle(run)
     ends = {record.name: record.status for record in read_trials(run)}
     lost = [name for name in planned if ends.get(name, "unfinished") == "unfinished"]
@@ -158,11 +161,21 @@ def account(run: RunPaths, planned: dict[str, str], kills: Counter[str]) -> dict
         "faults": dict(Counter(filter(None, planned.values()))),
         "kills": dict(kills),
         "ends": dict(Counter(ends.values())),
-        "damaged_files_found": len(said),
+        "damaged_files_mended": len(_notes(run).read_text().splitlines()),
         "lost": lost,
         "unexpected": wrong,
         "decided_twice": twice,
     }
+
+
+def _notes(run: RunPaths) -> Path:
+    return run.root.with_name("mended.txt")
+
+
+def _note(run: RunPaths, words: str) -> None:
+    """Keeps what a driver said of damage: those after it find the files mended."""
+    with _notes(run).open("a") as notes:
+        notes.write(words + "\n")
 
 
 def drive(run: RunPaths) -> None:
@@ -180,7 +193,7 @@ def drive(run: RunPaths) -> None:
 
     with driving(run):
         claim_folders(run, lambda: say("waiting for the last driver's workers"))
-        mend(run, set(), say)
+        mend(run, set(), partial(_note, run))
         seen = settle(run)
         start_ray(None)
         assert ray.is_initialized()

@@ -27,6 +27,8 @@ from trainers.paths import (
 
 FAULTS = ("kill once", "kill", "hang once", "diverge", "fail", "damage")
 NUM_EVALUATIONS = 3
+EVALUATION_S = 0.2
+"""So that kills of others find trials at work."""
 
 
 def loss_of(name: str, index: int) -> float:
@@ -70,6 +72,7 @@ class Member:
             number, name = len(self.rows), self.trial["name"]
             if number == 0 and self._ends_at_once():
                 return True
+            time.sleep(EVALUATION_S)
             examples = number + 1
             row = {"examples": examples, "steps": examples, "eval_loss": loss_of(name, number)}
             self.rows.append(row)
