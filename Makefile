@@ -1,9 +1,11 @@
 # Needs python3 (3.11 or newer) and make; everything else is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# Files of tests go to a process for each core, and to four at most: some start a Ray of their own.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 STAMP := .venv/.installed
 
-.PHONY: demo test test-all test-faults lint install clean
+.PHONY: demo test test-all test-slow test-faults lint install clean
 
 install: $(STAMP)
 
@@ -19,13 +21,17 @@ demo: $(STAMP)
 	@$(BIN)/tenfold demo
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -m 'not slow and not gpu'
+	@$(PYTEST) -m 'not slow and not faults and not gpu'
+
+# What is in none of the others: each a Ray, a sweep or a cluster.
+test-slow: $(STAMP)
+	@$(PYTEST) -m '(slow or faults) and not gpu'
 
 test-faults: $(STAMP)
-	@$(BIN)/python -m pytest -m faults
+	@$(PYTEST) -m faults
 
 test-all: $(STAMP)
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
