@@ -15,9 +15,8 @@ from trainers.out_of_memory import (
     Shortage,
     give_back,
     halved,
-    is_out_of_memory,
     require_room,
-    shortage_of,
+    shortage_in,
 )
 
 
@@ -68,11 +67,8 @@ class Evaluator:
     def _add_nats(
         self, slot: int | None, rows: RowSource, part: np.ndarray, nats: torch.Tensor
     ) -> Shortage | None:
-        try:
-            nats += self.head.eval_nats(rows.batch([part], self.head.max_positions), slot)
-            return None
-        except (RuntimeError, MemoryError) as error:
-            # Other workers of a sharded base wait in a gather for this one: it must end, and they with it.
-            if not is_out_of_memory(error) or self.pack.sharding is not None:
-                raise
-            return shortage_of(error, len(part), int(rows.lengths[part].max()))
+        def add() -> None:
+            nats.add_(self.head.eval_nats(rows.batch([part], self.head.max_positions), slot))
+
+        width, sharded = int(rows.lengths[part].max()), self.pack.sharding is not None
+        return shortage_in(add, len(part), width, waited_for=sharded)

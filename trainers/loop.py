@@ -26,9 +26,8 @@ from trainers.out_of_memory import (
     NoRoomError,
     give_back,
     halved,
-    is_out_of_memory,
     shared,
-    shortage_of,
+    shortage_in,
 )
 from trainers.runs import Run, scheduled_lr
 
@@ -147,15 +146,15 @@ class Trainer:
         if not parts:
             return
         chosen, rows = [run for run, _ in parts], [rows for _, rows in parts]
-        try:
-            self._micro_step(chosen, rows)
+        width = max(int(self.train_rows.lengths[part].max()) for part in rows)
+        shortage = shortage_in(
+            lambda: self._micro_step(chosen, rows),
+            sum(map(len, rows)),
+            width,
+            waited_for=self.pack.sharding is not None,
+        )
+        if shortage is None:
             return
-        except (RuntimeError, MemoryError) as error:
-            # Other workers of a sharded base wait in a gather for this one: it must end, and they with it.
-            if not is_out_of_memory(error) or self.pack.sharding is not None:
-                raise
-            width = max(int(self.train_rows.lengths[part].max()) for part in rows)
-            shortage = shortage_of(error, sum(map(len, rows)), width)
         give_back()
         for run in chosen:
             run.shortage = shortage

@@ -2,7 +2,7 @@
 it is done again. A single row that does not fit fails its trial alone."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,6 +53,24 @@ def shortage_of(error: BaseException, rows: int, width: int) -> Shortage:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return Shortage(rows * width, rows == 1, text[:300])
+
+
+def shortage_in(
+    work: Callable[[], None], num_rows: int, width: int, *, waited_for: bool = False
+) -> Shortage | None:
+    """Does work for rows of a width in tokens; what it had no room for, else None.
+
+    Args:
+        waited_for: other workers wait in a gather for this one (a sharded base): it must end without room, and
+            they with it.
+    """
+    try:
+        work()
+        return None
+    except (RuntimeError, MemoryError) as error:
+        if waited_for or not is_out_of_memory(error):
+            raise
+        return shortage_of(error, num_rows, width)
 
 
 def give_back() -> None:

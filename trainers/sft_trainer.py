@@ -34,7 +34,7 @@ from trainers.measure import measure_max_tokens
 from trainers.meta_shape import shape_of_config
 from trainers.metrics import best_row
 from trainers.mirror import fetch
-from trainers.out_of_memory import NoRoomError, is_out_of_memory, shared, shortage_of
+from trainers.out_of_memory import NoRoomError, shared, shortage_in
 from trainers.paths import (
     TrialPaths,
     read_json_lines,
@@ -270,17 +270,13 @@ class Station:
 
     def _entered(self, candidate: Candidate) -> int:
         """The slot of a new adapter, on all workers or on none."""
-        slot, shortage = None, None
-        try:
-            slot = self.pack.enter(adapter_of(candidate, self.shape))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            shortage = shortage_of(error, 0, 0)
+        slots: list[int] = []
+        adapter = adapter_of(candidate, self.shape)
+        shortage = shortage_in(lambda: slots.append(self.pack.enter(adapter)), 0, 0)
         (found,) = shared([shortage], self.comm, self.model.device)
-        if slot is not None and found is None:
-            return slot
-        if slot is not None:
+        for slot in slots:
+            if found is None:
+                return slot
             self.pack.leave(slot)
         assert found is not None
         rank = candidate.lora_rank

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainers.data.cache import cache_root
-from trainers.paths import read_json, write_json
+from trainers.data.cache import cache_root, read_json, write_json
 
 WIDEST = (("avx512f", "AVX-512"), ("avx2", "AVX2"))
 
@@ -27,7 +26,7 @@ def speed_path(model_config: dict[str, Any], **how: Any) -> Path:
 
 def read_speed(path: Path) -> dict[str, Any] | None:
     """A measurement: max_tokens and what each size tried took; None where there is none."""
-    return read_json(path) if path.is_file() else None
+    return read_json(path)
 
 
 def measured_once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -128,6 +128,13 @@ def spec_for(model, write_rows):
     return spec
 
 
+@pytest.fixture
+def sums(spec_for, write_rows):
+    """Of 40 short rows."""
+    rows = [{"prompt": f"{i} plus one?", "completion": f" It is {i + 1}."} for i in range(40)]
+    return spec_for(write_rows(rows))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     folder = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from trainers.data import DataSpec
 from trainers.data.cache import SHARED_CACHE
 from trainers.data.prepared import prepare_data
 from trainers.object_store import ObjectStore, StoreError
@@ -19,12 +18,6 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
 
 
 @pytest.fixture
-def spec(spec_for, write_rows) -> DataSpec:
-    rows = [{"prompt": f"{i} plus one?", "completion": f" It is {i + 1}."} for i in range(40)]
-    return spec_for(write_rows(rows))
-
-
-@pytest.fixture
 def on_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Goes on as another machine, with a cache of its own."""
     return lambda name: monkeypatch.setenv("TENFOLD_CACHE", str(tmp_path / name))
@@ -35,23 +28,23 @@ def never(*_: object, **__: object) -> None:
 
 
 def test_shared_cache_a_second_machine_takes_the_sets_that_the_first_made(
-    store, spec, on_machine, monkeypatch
+    store, sums, on_machine, monkeypatch
 ):
     on_machine("first")
-    first = prepare_data(spec)
+    first = prepare_data(sums)
     on_machine("second")
     monkeypatch.setattr("trainers.data.preparation.Preparation.run", never)
-    second = prepare_data(spec)
+    second = prepare_data(sums)
     assert second.audit == first.audit
     assert (second.train.input_ids == first.train.input_ids).all()
     assert len([name for name in store.listing() if name.endswith("manifest.json")]) == 1
 
 
-def test_shared_cache_damaged_set_is_refused_with_its_object(store, spec, on_machine):
+def test_shared_cache_damaged_set_is_refused_with_its_object(store, sums, on_machine):
     on_machine("first")
-    prepare_data(spec)
+    prepare_data(sums)
     (name,) = (n for n in store.listing() if n.endswith("train/input_ids.npy"))
     store.write(name, b"not it")
     on_machine("second")
     with pytest.raises(StoreError, match=r"train/input_ids.npy: must hold the [\d,]+ bytes"):
-        prepare_data(spec)
+        prepare_data(sums)

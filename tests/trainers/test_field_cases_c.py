@@ -189,4 +189,9 @@ def test_c18_eight_starts_on_an_empty_cache_make_one_set_and_read_the_same(
     assert found == [found[0]] * 8
     assert found[0]["rows"] == 60
     (whole,) = (cache / "sets").iterdir()
-    assert sorted(path.name for path in whole.iterdir()) == ["audit.json", "eval", "train"]
+    assert sorted(path.name for path in whole.iterdir()) == [
+        "audit.json",
+        "checksums.json",
+        "eval",
+        "train",
+    ]

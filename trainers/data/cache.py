@@ -9,26 +9,29 @@ CACHE is the folder in TENFOLD_CACHE, or ~/.cache/tenfold. Sets also go to and c
 TENFOLD_SHARED_CACHE, where a run's storage is one. Nothing here imports numpy or
 tokenizers, so that `tenfold plan` finds a count that is known in milliseconds. Everything is
 written under a name of its own and renamed, so that trials that start together never see half an
-entry (field case C18).
+entry (field case C18), and has checksums: an entry that is damaged is said and made again.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from trainers.data.records import DataError
 from trainers.data.tokenizer import SIDE_FILES, SLOW_FILES
+from trainers.integrity import DamagedError, check_folder, seal_folder, sealed, unsealed
 from trainers.object_store import ObjectStore
 from trainers.remote_folder import download_folder, upload_folder
 
 # Raise it whenever the same input would give other ids, masks or counts.
-CODE_VERSION = 2
+CODE_VERSION = 3
 SETTLED_NS = 2_000_000_000
 SHARED_CACHE = "TENFOLD_SHARED_CACHE"
 
@@ -66,15 +69,22 @@ def tokenizer_key(folder: Path) -> Any:
     return [[name, file_digest(folder / name)] for name in names if (folder / name).exists()]
 
 
-def read_json(path: Path) -> Any:
-    """The value of a file; None where there is none."""
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The value of a file; None where there is none, or one that is damaged, which is said."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return unsealed(path.read_bytes().decode("utf-8", errors="replace"), path)
     except (FileNotFoundError, NotADirectoryError):
+        return None
+    except DamagedError as error:
+        _say_damaged(error)
         return None
 
 
-def write_json(path: Path, value: Any) -> None:
+def _say_damaged(error: DamagedError) -> None:
+    print(f"the cache's {error}; it is made again", file=sys.stderr)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes a whole file or nothing.
 
     Raises: DataError: the cache cannot be written.
@@ -82,7 +92,7 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(value), encoding="utf-8")
+        temporary.write_text(sealed(value), encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         raise _unwritable(error) from error
@@ -97,6 +107,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir(parents=True)
         fill(temporary)
+        seal_folder(temporary)
         os.rename(temporary, target)
     except OSError as error:
         if not target.is_dir():
@@ -107,14 +118,41 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def find_folder(target: Path) -> bool:
-    """Whether a folder is there, or on the shared cache, from where it then comes here.
+    """Whether a folder is there and whole, or on the shared cache, from where it then comes here. One
+    that is damaged is removed.
 
     Raises: ValueError: the shared cache cannot be read, or holds something else.
     """
-    if target.is_dir() or not (url := os.environ.get(SHARED_CACHE)):
-        return target.is_dir()
+    if _is_whole(target):
+        return True
+    if not (url := os.environ.get(SHARED_CACHE)):
+        return False
     target.parent.mkdir(parents=True, exist_ok=True)
     return download_folder(ObjectStore(url), _shared_name(target), target, shared=True) is not None
+
+
+def _is_whole(target: Path) -> bool:
+    if not target.is_dir():
+        return False
+    try:
+        _checked(target, target.stat().st_ino)
+    except DamagedError as error:
+        _say_damaged(error)
+        # Away first: another process may find the same, and put a new one there.
+        gone = target.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            os.rename(target, gone)
+        except FileNotFoundError:
+            return False
+        shutil.rmtree(gone, ignore_errors=True)
+        return False
+    return True
+
+
+@cache
+def _checked(target: Path, _inode: int) -> None:
+    """Once a process: the sets of a run are asked for by each of its parts, and may be gigabytes."""
+    check_folder(target)
 
 
 def _share(target: Path) -> None:

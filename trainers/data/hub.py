@@ -45,7 +45,8 @@ def remote_files(hub_id: str, revision: str | None) -> tuple[DataFile, ...] | No
         files = _fetched_files(hub_id, revision)
     except Unreachable as error:
         known = read_json(memo)
-        files = tuple(DataFile(Path(path), name) for path, name in known or ())
+        pairs = known["files"] if known else ()
+        files = tuple(DataFile(Path(path), name) for path, name in pairs)
         if known is None or not all(file.path.is_file() for file in files):
             raise DataError(str(error)) from error
         if not files:
@@ -54,7 +55,7 @@ def remote_files(hub_id: str, revision: str | None) -> tuple[DataFile, ...] | No
             f"{hub_id}: the hub is not reached; reading the files fetched before", file=sys.stderr
         )
         return files
-    write_json(memo, [[str(file.path), file.name] for file in files or ()])
+    write_json(memo, {"files": [[str(file.path), file.name] for file in files or ()]})
     return files
 
 

@@ -92,7 +92,9 @@ def near_duplicates_of(spec: DataSpec) -> dict[str, Any]:
 
         known = found_in(folder)
         write_json(folder / "near.json", known)
-    names = dict(zip(read_json(folder / "audit.json")["files"], audit.files, strict=True))
+    kept = read_json(folder / "audit.json")
+    assert kept is not None, "a set has its audit"
+    names = dict(zip(kept["files"], audit.files, strict=True))
     return known | {
         side: [renamed_place(line, names) for line in known[side]] for side in ("train", "eval")
     }
@@ -158,8 +160,9 @@ def _prepared(
             write_json(temporary / "audit.json", preparation.run().to_dict())
 
         write_folder(folder, fill)
-    audit = Audit.from_dict(read_json(folder / "audit.json"))
-    return folder, audit.renamed(_names_of(parts))
+    kept = read_json(folder / "audit.json")
+    assert kept is not None, "a set has its audit"
+    return folder, Audit.from_dict(kept).renamed(_names_of(parts))
 
 
 def _names_of(parts: Sequence[Part]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from trainers.data.records import Origin
 from trainers.data.token_rows import FittedRow
+from trainers.integrity import sealed
 
 ARRAYS = {
     "input_ids": np.dtype(np.int32),
@@ -224,4 +225,4 @@ class SetBuilder:
             "places": list(self._places),
             "content_hash": _combined(self._files[name].digest for name in HASHED),
         }
-        (self.folder / "set.json").write_text(json.dumps(facts), encoding="utf-8")
+        (self.folder / "set.json").write_text(sealed(facts), encoding="utf-8")
