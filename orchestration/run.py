@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from trainers.data import DataSpec
 
 PACKAGES = ("tenfold", "ray", "torch", "transformers", "peft", "bitsandbytes", "tokenizers")
+SOURCE = "sweep_yaml"
+"""resolved.json's key of sweep.yaml as it was given."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -69,7 +71,7 @@ def run_sweep(config: SweepConfig, source: str, *, resume: bool = False) -> int:
     """
     run = run_in(config.storage, run_name(config))
     if resume and run.plan.is_file():
-        _require_same_source(run, source)
+        _require_same_source(run, read_state(run.resolved)[SOURCE], source)
         return resume_sweep(shown(run.root), config.address)
     with signals.goes_on_by(lambda: _how_to_go_on(run)):
         return _begin(config, source, run)
@@ -84,8 +86,8 @@ def _begin(config: SweepConfig, source: str, run: RunPaths) -> int:
 
     def write_inputs(fitted: Plan, as_json: dict[str, Any]) -> None:
         write_text(run.config, source)
-        resolved = {"config": fitted.config.model_dump(mode="json"), "versions": versions()}
-        write_state(run.resolved, resolved)
+        resolved = {"config": fitted.config.model_dump(mode="json"), SOURCE: source}
+        write_state(run.resolved, resolved | {"versions": versions()})
         write_state(run.plan, as_json)
 
     return _train(plan, run, console, write_inputs)
@@ -122,7 +124,10 @@ def _go_on(run: RunPaths, place: str, address: str | None) -> int:
         )
     with driving(run):
         pass  # told before the data is read again
-    values = read_state(run.resolved)["config"] | {"name": run.root.resolve().name}
+    resolved = read_state(run.resolved)
+    if run.config.is_file():
+        _require_same_source(run, resolved[SOURCE], run.config.read_text(encoding="utf-8"))
+    values = resolved["config"] | {"name": run.root.resolve().name}
     values |= {"storage": storage_of(run)} | ({"address": address} if address else {})
     config = make_config({k: v for k, v in values.items() if v is not None}, place)
     share_cache(config.address, config.storage)
@@ -138,14 +143,13 @@ def _go_on(run: RunPaths, place: str, address: str | None) -> int:
     return _train(plan, run, console, lambda fitted, as_json: None)
 
 
-def _require_same_source(run: RunPaths, source: str) -> None:
-    was = run.config.read_text(encoding="utf-8")
-    lines = difflib.unified_diff(was.splitlines(), source.splitlines(), lineterm="", n=0)
+def _require_same_source(run: RunPaths, was: str, now: str) -> None:
+    lines = difflib.unified_diff(was.splitlines(), now.splitlines(), lineterm="", n=0)
     changed = [line for line in lines if not line.startswith(("---", "+++", "@@"))]
     if changed:
         raise ValueError(
-            f"{shown(run.config)}: a run goes on with what it began with, the given file differs "
-            f"({'; '.join(changed)[:300]}); start a new run with another name (--name)"
+            f"{shown(run.config)}: a run goes on with what it began with, which differs now "
+            f"({'; '.join(changed)[:300]}); take that back, or start a new run with another name (--name)"
         )
 
 

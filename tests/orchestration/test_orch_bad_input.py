@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from orchestration.cli import main
-from orchestration.run import require_new
+from orchestration.run import SOURCE, require_new
 from tests.orchestration.sweeps import BASE
 from tests.trainers.families import tiny_of
 from trainers.object_store import ObjectStore
-from trainers.paths import RunPaths, write_text
+from trainers.paths import RunPaths, write_state, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = "word " * 60
@@ -252,6 +252,19 @@ def test_run_folder_of_a_driver_that_died_before_its_plan_may_begin_again(tmp_pa
     write_text(run.plan, "{}")
     with pytest.raises(ValueError, match="exists already"):
         require_new(run)
+
+
+def test_resume_of_a_run_whose_yaml_was_edited_shows_the_difference(write_sweep, tmp_path, capsys):
+    run = RunPaths(tmp_path / "run")
+    source = write_sweep(global_batch_size=4).read_text()
+    write_text(run.config, source.replace("global_batch_size: 4", "global_batch_size: 8"))
+    write_state(run.plan, {})
+    write_state(run.resolved, {"config": {}, SOURCE: source})
+    before = {path.name: path.read_bytes() for path in run.root.iterdir()}
+    (line,) = told("resume", run.root, capsys)
+    assert f"{run.config}: a run goes on with what it began with, which differs now" in line
+    assert "-global_batch_size: 4; +global_batch_size: 8" in line
+    assert {name: (run.root / name).read_bytes() for name in before} == before
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_resume_on_an_object_store_by_another_machine_ends_in_the_numbers_of_a_w
     write_config(folder, name="far", storage=f"{bucket.url}/runs", **CONFIG | {"examples": 161})
     edited = ended(start(folder, "sweep", "sweep.yaml", "--resume"))
     assert edited.returncode == 2, told(edited)
-    assert "the given file differs (-examples: 160; +examples: 161)" in edited.stderr
+    assert "which differs now (-examples: 160; +examples: 161)" in edited.stderr
     report = ended(start(folder, "report", url))
     assert report.returncode == 0, told(report)
     assert report.stdout == f"{url}/report.html\n"
