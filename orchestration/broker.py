@@ -69,7 +69,7 @@ class Broker:
         """See Board.hello."""
         self.board.hello(group, incarnation, info)
         self.num_hellos[group] += 1
-        self.silence.heard(group, time.monotonic())
+        self.silence.ready(group, time.monotonic())
         await self._notify()
 
     async def here(self, group: str, attempt: str, node: str, pid: int) -> None:
@@ -79,6 +79,10 @@ class Broker:
     async def hung(self) -> list[tuple[str, int]]:
         """(node, process) of the workers that must be ended, because their group has been silent too long."""
         return self.silence.hung(time.monotonic())
+
+    async def loading(self) -> list[tuple[str, int]]:
+        """(node, process) of the workers that load their base."""
+        return self.silence.loading()
 
     async def num_ready(self, groups: list[str]) -> int:
         """How often workers of these groups were ready, over all their starts."""

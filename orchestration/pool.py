@@ -109,23 +109,32 @@ class Pool:
         from ray.exceptions import RayActorError
 
         self.ending = True
-        # Joined, not left: a call to Ray after its end would start another.
-        self.over.set()
-        self.watch.join()
         try:
             ray.get(self.broker.stop.remote())
+            self._end_groups()
+            ray.kill(self.broker)
         except RayActorError:  # without it every group ends by itself
             self._join(JOIN_S)
-            return
+        finally:
+            # Joined, not left: a call to Ray after its end would start another.
+            self.over.set()
+            self.watch.join()
+
+    def _end_groups(self) -> None:
+        """Waits for the groups that were told to stop; those that hang meanwhile are still ended."""
+        import ray
+
         # Workers that just start hear it too, and end as they should: a controller that is killed leaves
         # its placement group behind until the driver ends.
         self._join(START_GRACE_S)
         waiting: Any = ray.get(self.broker.waiting.remote())
         for controller in filter(None, waiting.values()):
             ray.kill(controller)  # it waits for a node, and hears nothing
+        loading: Any = ray.get(self.broker.loading.remote())
+        for node, pid in loading:
+            end_process(node, pid)  # it hears nothing for minutes, and nobody waits for its base
         for groups, thread in self.threads:
             thread.join(JOIN_S if waiting.keys() & groups else None)
-        ray.kill(self.broker)
 
     def _join(self, wait_s: float) -> None:
         until = time.monotonic() + wait_s

@@ -18,6 +18,8 @@ class _Group:
     workers: list[tuple[str, int]] = field(default_factory=list)
     heard: float | None = None
     """When it spoke last; None: it has no workers that must speak."""
+    is_ready: bool = False
+    """Whether its base is loaded."""
     ended: str = ""
     """Why its workers were ended, until their death is known."""
 
@@ -43,6 +45,16 @@ class Silence:
     def heard(self, name: str, now: float) -> None:
         """A group spoke."""
         self.groups.setdefault(name, _Group()).heard = now
+
+    def ready(self, name: str, now: float) -> None:
+        """A group has loaded its base."""
+        self.heard(name, now)
+        self.groups[name].is_ready = True
+
+    def loading(self) -> list[tuple[str, int]]:
+        """The workers of groups that are not ready."""
+        groups = [group for group in self.groups.values() if not group.is_ready]
+        return [worker for group in groups for worker in group.workers]
 
     def gone(self, name: str) -> str:
         """A group has no workers any more; what they were ended for, or nothing."""

@@ -166,8 +166,7 @@ def run_compute(
         measure: default: a process for each.
 
     Raises:
-        ValueError: a model that cannot be read.
-        RuntimeError: an arm that cannot be measured, with the end of its process's messages.
+        ValueError: a model that cannot be read, or an arm that cannot be measured, with its process's last words.
     """
     costs = folder / "costs.jsonl"
     rows = read_json_lines(costs)
@@ -267,7 +266,7 @@ def measured_in_processes(specs: Sequence[dict[str, Any]]) -> Iterator[dict[str,
     """Each spec in a fresh process. All import and rehearse at once, then wait for their turn.
 
     Raises:
-        RuntimeError: a process that failed.
+        ValueError: a process that failed, with its last words.
     """
     with tempfile.TemporaryDirectory(prefix="tenfold-compute-") as name:
         processes = [_CostProcess(spec, Path(name) / str(at)) for at, spec in enumerate(specs)]
@@ -313,10 +312,10 @@ class _CostProcess:
     def _fail(self) -> None:
         self.process.wait()
         rank = self.spec["lora_rank"]
-        last = self.log.read_text(encoding="utf-8").strip()[-2000:]
-        raise RuntimeError(
-            f"{'LoRA, rank ' + str(rank) if rank else 'full fine-tuning'} of {self.spec['model']} could "
-            f"not be measured (exit code {self.process.returncode}):\n{last}"
+        last = self.log.read_text(encoding="utf-8").strip().rpartition("\n")[2][:1000]
+        raise ValueError(
+            f"{'LoRA, rank ' + str(rank) if rank else 'full fine-tuning'} of {self.spec['model']} must be "
+            f"measurable on this machine, its process ended with {self.process.returncode}: {last}"
         )
 
     def close(self) -> None:

@@ -326,6 +326,29 @@ def test_pool_group_that_hangs_is_ended_and_its_trials_go_on(run, monkeypatch, n
     assert_nothing_left()
 
 
+def serve_that_loads_for_ever(config: dict[str, Any]) -> None:
+    """The second group never gets ready."""
+    if config["groups"][0] == "group-0":
+        serve_constant(config)
+        return
+    from trainers.worker import BrokerLink
+
+    link = BrokerLink(config["broker"], config["groups"][0])
+    link.here()
+    while link.begin():
+        time.sleep(10_000)
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_pool_that_ends_does_not_wait_for_a_group_that_loads(run):
+    with pool_of(run, 2, serve_that_loads_for_ever) as pool:
+        run_sweep(run, pool, 2, kind="fifo", max_concurrent=3)
+        wait_until(lambda: ray.get(pool.broker.loading.remote()))
+    assert statuses(run) == ["finished"] * len(LOSSES)
+    assert_nothing_left()
+
+
 def serve_together(config: dict[str, Any]) -> None:
     """A group of two workers that share every command in a collective; the second hangs, and the first waits."""
     import torch.distributed as dist

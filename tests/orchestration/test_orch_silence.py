@@ -35,6 +35,14 @@ def test_silence_ends_all_workers_of_the_silent_group_and_of_no_other():
     assert silence.gone("h") == ""
 
 
+def test_silence_tells_the_workers_that_load():
+    silence = silence_of("g", "h")
+    silence.ready("h", 1.0)
+    assert silence.loading() == [("node", 0)]
+    silence.gone("g")
+    assert silence.loading() == []
+
+
 def test_silence_of_workers_that_are_gone_is_no_silence():
     silence = silence_of("g")
     silence.gone("g")
