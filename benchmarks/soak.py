@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ VICTIMS = ("ray::TrainController", "ray::ThinTrial", "ray::Resource", "ray::RayT
 
 
 def main() -> int:
-    args = _arguments()
+    args = arguments()
     if args.drive:
         drive(RunPaths(Path(args.drive)))
         return 0
@@ -61,7 +62,8 @@ def main() -> int:
     return 0 if not found["lost"] and not found["unexpected"] else 1
 
 
-def _arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What is asked for on the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -75,7 +77,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", default="soak-run", help="a folder that is not there yet")
     parser.add_argument("--drive", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def soak(run: RunPaths, args: argparse.Namespace) -> dict[str, Any]:

@@ -30,13 +30,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     args = _parsed(argv)
     with signals.handling():
-        return signals.exit_code(_ran(args))
+        return signals.exit_code(_ended(args))
+
+
+def _ended(args: argparse.Namespace) -> int:
+    try:
+        return _ran(args)
+    except (
+        Exception
+    ):  # what breaks after a signal (a terminal that went, a server that it ended) is its end
+        if not signals.received():
+            raise
+        _complain("; ".join(["interrupted", *filter(None, [signals.how_to_go_on()])]))
+        return INTERRUPTED
 
 
 def _ran(args: argparse.Namespace) -> int:
     try:
         return args.run(args)
     except ValueError as error:
+        if signals.received():
+            raise
         _complain(str(error))
         return BAD_INPUT
     except KeyboardInterrupt as stop:
@@ -48,7 +62,7 @@ def _ran(args: argparse.Namespace) -> int:
     except OSError as error:
         from trainers.paths import storage_problem
 
-        if not (line := storage_problem(error)):
+        if signals.received() or not (line := storage_problem(error)):
             raise
         _complain(line)
         return BAD_INPUT

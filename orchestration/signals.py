@@ -136,6 +136,11 @@ def goes_on_by(how: Callable[[], str]) -> Iterator[None]:
         raise KeyboardInterrupt(how()) from stop
 
 
+def how_to_go_on() -> str:
+    """What `goes_on_by` was told; empty where nothing goes on."""
+    return _state.how_to_go_on()
+
+
 def received() -> bool:
     """Whether a signal has asked this process to end."""
     return _state.received is not None
@@ -271,7 +276,7 @@ def _interrupt(*_: object) -> None:
 def _end_at_once(number: int) -> None:
     """No clean-up that may hang: the kernel lets our locks go."""
     _kill_what_is_below()
-    cursor, how = CURSOR if sys.stderr.isatty() else "", _state.how_to_go_on()
+    cursor, how = CURSOR if sys.stderr.isatty() else "", how_to_go_on()
     _say(f"{cursor}ended at once, without cleaning up{f'; {how}' if how else ''}")
     os._exit(SIGNALLED + number)
 

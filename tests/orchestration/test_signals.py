@@ -126,7 +126,9 @@ def test_terminal_that_goes_ends_a_command_in_order(tmp_path):
         pass_fds=[slave],
     )
     os.close(slave)
-    assert os.read(master, 100).startswith(b"begun")
+    said = b""
+    while not said.endswith(b"\n"):
+        said += os.read(master, 100)
     os.close(master)  # and the kernel sends SIGHUP to whoever it was the terminal of
     assert process.wait(TIMEOUT_S) == 128 + signal.SIGHUP
     assert mark.read_text() == "ended in order"
@@ -141,6 +143,32 @@ def test_command_that_outlives_its_terminal_by_nohup_goes_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert ended(process).returncode == 143
     assert mark.read_text() == "ended in order"
+
+
+BREAKS = """
+import os, signal, sys
+from orchestration import cli, signals
+
+def broken(args):
+    with signals.goes_on_by(lambda: "`tenfold resume` goes on"):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise {error}("a server of Ray's has gone")
+
+cli._check = broken
+sys.exit(cli.main(["check", "sweep.yaml"]))
+"""
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "ValueError", "OSError"])
+def test_command_that_breaks_by_what_a_signal_ended_was_interrupted(error):
+    done = ended(_python(BREAKS.format(error=error)))
+    assert done.returncode == 143, told(done)
+    assert done.stderr.splitlines() == [
+        "tenfold: ending (a second signal ends at once)",
+        "tenfold: interrupted; `tenfold resume` goes on",
+    ]
 
 
 CAUGHT = """
