@@ -41,8 +41,11 @@ def _ended(args: argparse.Namespace) -> int:
     ):  # what breaks after a signal (a terminal that went, a server that it ended) is its end
         if not signals.received():
             raise
-        _complain("; ".join(["interrupted", *filter(None, [signals.how_to_go_on()])]))
-        return INTERRUPTED
+    except SystemExit as end:
+        if not signals.is_of_ray(end):
+            raise
+    _complain("; ".join(["interrupted", *filter(None, [signals.how_to_go_on()])]))
+    return INTERRUPTED
 
 
 def _ran(args: argparse.Namespace) -> int:

@@ -94,13 +94,20 @@ def kept(*, leaving: bool = False) -> Iterator[None]:
     try:
         yield
     except SystemExit as end:
-        if end.code != signal.SIGTERM:
+        if not is_of_ray(end):
             raise
-        _receive(signal.SIGTERM)
         raise KeyboardInterrupt from None
     finally:
         if is_ours:
             _install()
+
+
+def is_of_ray(end: SystemExit) -> bool:
+    """Whether it is what Ray makes of SIGTERM, which then counts as received. Where the signal came while ray.init was
+    in C for long, Python handles it on the way out of there, where `kept` no longer sees it."""
+    if end.code == signal.SIGTERM and _state.received is None:
+        _receive(signal.SIGTERM)
+    return end.code == signal.SIGTERM
 
 
 @contextmanager

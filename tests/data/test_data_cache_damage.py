@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from trainers.data import DataSpec, count_tokens
-from trainers.data.cache import _checked, cache_root
+from trainers.data.cache import cache_root, check_once
 from trainers.data.prepared import PreparedData, cached_audit, prepare_data
 from trainers.speed import measured_once
 
@@ -30,7 +30,7 @@ SPOILERS = (truncated, flipped, emptied)
 
 
 def prepared_by_another_process(spec: DataSpec) -> PreparedData:
-    _checked.cache_clear()  # a process looks once
+    check_once.cache_clear()  # a process looks once
     return prepare_data(spec)
 
 

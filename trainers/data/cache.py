@@ -1,7 +1,7 @@
 """The cache of counts and tokenized sets, by content: bytes of the data, tokenizer, template,
 options.
 
-    CACHE/hashes/PATH.json   sha256 of a file, valid while its size and mtime stay
+    CACHE/digests/PATH.json  sha256 of a file, valid while its size and mtime stay
     CACHE/counts/KEY.json    {"loss_tokens": n}
     CACHE/sets/KEY/          audit.json, train/, eval/
 
@@ -50,7 +50,7 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, remembered by (path, size, mtime)."""
     path = path.resolve()
     stat = path.stat()
-    memo = cache_root() / "hashes" / f"{digest_of(str(path))[:32]}.json"
+    memo = cache_root() / "digests" / f"{digest_of(str(path))[:32]}.json"
     known = read_json(memo)
     if known and known["size"] == stat.st_size and known["mtime_ns"] == stat.st_mtime_ns:
         return known["sha256"]
@@ -135,7 +135,7 @@ def _is_whole(target: Path) -> bool:
     if not target.is_dir():
         return False
     try:
-        _checked(target, target.stat().st_ino)
+        check_once(target, target.stat().st_ino)
     except DamagedError as error:
         _say_damaged(error)
         # Away first: another process may find the same, and put a new one there.
@@ -150,7 +150,7 @@ def _is_whole(target: Path) -> bool:
 
 
 @cache
-def _checked(target: Path, _inode: int) -> None:
+def check_once(target: Path, _inode: int) -> None:
     """Once a process: the sets of a run are asked for by each of its parts, and may be gigabytes."""
     check_folder(target)
 
