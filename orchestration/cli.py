@@ -30,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     args = _parsed(argv)
     with signals.handling():
-        return signals.exit_code(_ended(args))
+        code = signals.exit_code(_ended(args))
+    if signals.is_broken_off():
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def _ended(args: argparse.Namespace) -> int:

@@ -31,6 +31,8 @@ START_GRACE_S = 10.0
 """How long the end of a sweep waits for groups whose workers may be starting; the others end within 2 s."""
 JOIN_S = 20.0
 """How long the end of a sweep waits for a group that never had workers; it ends with the driver."""
+ALONE_S = 60.0
+"""How long groups may take to end that have lost the broker: they ask it every few seconds."""
 WAIT_VARIABLE = "TENFOLD_GROUP_WAIT_S"
 """Environment variable: another board.GROUP_WAIT_S, for clusters whose nodes come slower or never."""
 HANG_VARIABLE = "TENFOLD_HANG_S"
@@ -114,7 +116,7 @@ class Pool:
             self._end_groups()
             ray.kill(self.broker)
         except RayActorError:  # without it every group ends by itself
-            self._join(JOIN_S)
+            self._join(ALONE_S)
         finally:
             # Joined, not left: a call to Ray after its end would start another.
             self.over.set()
@@ -154,6 +156,14 @@ class Pool:
                 return
 
     def _run_groups(self, groups: list[str]) -> None:
+        from ray.exceptions import RayActorError
+
+        try:
+            self._serve_groups(groups)
+        except RayActorError:  # the broker is gone: who waits for it says so
+            return
+
+    def _serve_groups(self, groups: list[str]) -> None:
         """Ray Train runs, one after the other as long as each one served: their limits on failed starts and
         preemptions count over a run's whole life, and a pool that lives for days must not use them up."""
         import ray

@@ -48,7 +48,7 @@ class _State:
 
     def reset(self) -> None:
         self.received: int | None = None
-        self.in_tune = self.leaving_ray = False
+        self.in_tune = self.leaving_ray = self.broken_off = False
         self.how_to_go_on: Callable[[], str] = str
         self.below: list[Any] = []
         """What this process had started when a signal came."""
@@ -153,6 +153,12 @@ def received() -> bool:
     return _state.received is not None
 
 
+def is_broken_off() -> bool:
+    """Whether threads were left behind that may still ask Ray for something: Ray's core ends the process with 1
+    where one does after ray.shutdown."""
+    return _state.broken_off
+
+
 def exit_code(code: int) -> int:
     """The exit code of an interrupted command, by the signal that came: 128 + its number."""
     if code != INTERRUPTED:
@@ -228,6 +234,7 @@ def _watch(reading: int) -> None:
             _end_at_once(first)
         if _goes_on(reading, ENDING_S - UNHEARD_S, first):
             _say(f"not ended within {ENDING_S:g} s: what hangs is broken off")
+            _state.broken_off = True
             signal.pthread_kill(_main_thread(), signal.SIGALRM)
             if _goes_on(reading, ENDING_S, first):
                 _end_at_once(first)

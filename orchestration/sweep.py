@@ -233,6 +233,8 @@ def stop_ray() -> None:
     """Leaves the cluster (and ends it, when it was started here)."""
     import ray
 
+    if signals.is_broken_off():
+        return  # its processes are killed as the command ends
     if "ray" in sys.modules and ray.is_initialized():
         with signals.kept(leaving=True):
             ray.shutdown()

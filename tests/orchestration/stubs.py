@@ -18,6 +18,8 @@ PACE_VARIABLE = "TENFOLD_STUB_PACE_S"
 """What an evaluation takes."""
 HELD_VARIABLE = "TENFOLD_STUB_HELD"
 """A file: workers load as long as it is there, and say so in files FILE.PID."""
+REPORT_HELD_VARIABLE = "TENFOLD_STUB_REPORT_HELD"
+"""The same of the driver, before it writes the report."""
 
 
 def serve(config: dict[str, Any]) -> None:
@@ -31,16 +33,17 @@ def serve(config: dict[str, Any]) -> None:
     groups, rank = config["groups"], get_context().get_world_rank()
     comm = Comm(alone=len(groups) > 1)
     link = BrokerLink(config["broker"], groups[rank if len(groups) > 1 else 0])
+    link.here()
     if not comm.share(link.begin() if comm.world_rank == 0 else None):
         return
     with hold_run(Path(config["warm"]["folder"])):
-        _load(os.environ.get(HELD_VARIABLE))
+        _wait_while(os.environ.get(HELD_VARIABLE))
         if comm.world_rank == 0:
             link.hello({"device": "stub", "max_tokens": 512, "peak_bytes": 0, "loaded_in_s": 0.0})
         _serve(link, comm)
 
 
-def _load(held: str | None) -> None:
+def _wait_while(held: str | None) -> None:
     if held:
         Path(f"{held}.{os.getpid()}").touch()
         while Path(held).exists():
@@ -186,7 +189,21 @@ def main() -> int:
     from orchestration import cli, pool
 
     pool._serve = serve
+    if held := os.environ.get(REPORT_HELD_VARIABLE):
+        _hold_report(held)
     return cli.main()
+
+
+def _hold_report(held: str) -> None:
+    from orchestration import report
+
+    write = report.write_report
+
+    def held_back(*arguments: Any) -> Any:
+        _wait_while(held)
+        return write(*arguments)
+
+    report.write_report = held_back
 
 
 if __name__ == "__main__":

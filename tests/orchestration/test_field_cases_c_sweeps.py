@@ -40,6 +40,7 @@ def test_c12_sweep_of_20_points_killed_at_three_moments_repeats_no_trial_and_los
     rates = {"low": 1e-4, "high": 1e-2, "num": 20}
     config = {"lora_rank": 4, "learning_rate": rates, "examples": 32, "eval_every": 16}
     config |= {"quantization": "none", "dtype": "fp32", "pack_size": 1, "scheduler": "asha"}
+    config |= {"cpus_per_worker": 2}  # one group: four starts are what takes long here
     run = write_config(tmp_path, **config)
     paced = {"module": STUBS, "TENFOLD_STUB_PACE_S": "1"}
     command = ("sweep", "sweep.yaml")

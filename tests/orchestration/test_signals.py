@@ -38,6 +38,7 @@ SWEEP = {
     "quantization": "none",
     "dtype": "fp32",
     "scheduler": "fifo",
+    "cpus_per_worker": 2,  # one group: a third less of what takes long here, starting workers
 }
 
 
@@ -327,73 +328,75 @@ def test_sigterm_to_every_process_while_ray_starts_leaves_none(tmp_path, process
     assert not run.exists()
 
 
-@pytest.mark.ray
-@pytest.mark.faults
-def test_sigterm_to_every_process_in_the_middle_of_a_rung_leaves_a_run_that_goes_on(tmp_path):
-    run = write_config(tmp_path, **SWEEP)
-    paced = {"module": STUBS, "TENFOLD_STUB_PACE_S": "0.5", "own_session": True}
-    watched = Watched(start(tmp_path, "sweep", "sweep.yaml", **paced))
-    watched.wait_for(lambda: _num_rows(run) >= 5)
-    watched.interrupted(signal.SIGTERM, group=True)
-    assert "failed" not in {status["status"] for status in statuses(run).values()}
-    after = ended(start(tmp_path, "resume", "runs/run", module=STUBS))
-    assert after.returncode == 0, told(after)
-    assert [status["status"] for status in statuses(run).values()] == ["finished"] * 3
+LONG = SWEEP | {"examples": 640}
+"""Trials that no signal's end outlasts."""
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.faults
-def test_sigterm_while_workers_load_leaves_a_run_that_goes_on(tmp_path):
-    run, held = write_config(tmp_path, **SWEEP), tmp_path / "held"
-    held.touch()
-    driver = start(tmp_path, "sweep", "sweep.yaml", module=STUBS, TENFOLD_STUB_HELD=str(held))
-    watched = Watched(driver)
-    watched.wait_for(lambda: list(tmp_path.glob("held.*")))
-    done = watched.interrupted(signal.SIGTERM)
-    assert statuses(run) == {}
-    assert_goes_on(tmp_path, done, stubs=True)
+def _driven(folder: Path, *command: str, **variables: str) -> Watched:
+    """A `tenfold` with stub workers, as a terminal starts it."""
+    paced = {"TENFOLD_STUB_PACE_S": "0.5"} | variables
+    return Watched(start(folder, *command, module=STUBS, own_session=True, **paced))
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.faults
-def test_sigterm_in_the_middle_of_a_rung_leaves_a_run_that_goes_on(tmp_path):
-    run = write_config(tmp_path, **SWEEP)
-    watched = Watched(start(tmp_path, "sweep", "sweep.yaml"))
-    watched.wait_for(lambda: list(run.glob("trials/*/checkpoint/trainer_state.json")))
-    done = watched.interrupted(signal.SIGTERM)
-    assert (run / "report.html").is_file()  # of what there is
-    assert_goes_on(tmp_path, done, stubs=False)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.faults
-def test_signals_to_sweep_then_to_resume_in_the_middle_of_a_rung_lose_nothing(tmp_path):
-    run = write_config(tmp_path, **SWEEP)
-    pace = {"module": STUBS, "TENFOLD_STUB_PACE_S": "0.5", "own_session": True}
-    watched = Watched(start(tmp_path, "sweep", "sweep.yaml", **pace))
-    watched.wait_for(lambda: _num_rows(run) >= 4)
-    watched.interrupted(signal.SIGINT, group=True)  # as a terminal sends it
+def _in_a_rung(folder: Path, *command: str) -> Watched:
+    """A driver whose workers have just told more evaluations of a run."""
+    run = folder / "runs" / "run"
     before = _num_rows(run)
-    watched = Watched(start(tmp_path, "resume", "runs/run", **pace))
-    watched.wait_for(lambda: _num_rows(run) >= before + 2)
-    done = watched.interrupted(signal.SIGTERM)
-    assert _num_rows(run) >= before + 2
-    assert_goes_on(tmp_path, done, stubs=True)
+    watched = _driven(folder, *command)
+    watched.wait_for(lambda: _num_rows(run) >= before + 4)
+    return watched
+
+
+def _writing_its_report(folder: Path) -> Watched:
+    held = folder / "report-held"
+    held.touch()
+    watched = _driven(
+        folder, "resume", "runs/run", TENFOLD_STUB_PACE_S="0", TENFOLD_STUB_REPORT_HELD=str(held)
+    )
+    watched.wait_for(lambda: list(folder.glob("report-held.*")))
+    return watched
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.faults
-def test_second_ctrl_c_in_the_middle_of_a_rung_ends_at_once_and_the_run_goes_on(tmp_path):
-    run = write_config(tmp_path, **SWEEP)
-    driver = start(
-        tmp_path, "sweep", "sweep.yaml", module=STUBS, TENFOLD_STUB_PACE_S="0.5", own_session=True
-    )
-    watched = Watched(driver)
-    watched.wait_for(lambda: _num_rows(run) >= 4)
+def test_run_that_sigterm_ends_again_and_again_goes_on_to_its_end(tmp_path):
+    run, held = write_config(tmp_path, **LONG), tmp_path / "held"
+    held.touch()
+    watched = _driven(tmp_path, "sweep", "sweep.yaml", TENFOLD_STUB_HELD=str(held))
+    watched.wait_for(lambda: list(tmp_path.glob("held.*")))  # its workers load
+    watched.interrupted(signal.SIGTERM)
+    assert statuses(run) == {}
+    for group in (False, True):
+        watched = _in_a_rung(tmp_path, "resume", "runs/run")
+        done = watched.interrupted(signal.SIGTERM, group=group)
+        assert "failed" not in {status["status"] for status in statuses(run).values()}, told(done)
+        if not group:  # then Ray's servers, too, end at once
+            assert one_line_with("`tenfold resume runs/run` goes on", done)
+            assert (run / "report.html").is_file()  # of what there is
+    done = _writing_its_report(tmp_path).interrupted(signal.SIGTERM)
+    assert_goes_on(tmp_path, done, stubs=True, examples=LONG["examples"])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.faults
+def test_run_that_ctrl_c_ends_again_and_again_goes_on_to_its_end(tmp_path):
+    run = write_config(tmp_path, **LONG)
+    watched = _in_a_rung(tmp_path, "sweep", "sweep.yaml")
+    _interrupt_twice(watched)
+    before = _num_rows(run)
+    done = _in_a_rung(tmp_path, "resume", "runs/run").interrupted(signal.SIGINT, group=True)
+    assert one_line_with("`tenfold resume runs/run` goes on", done)
+    assert _num_rows(run) >= before + 4
+    done = _writing_its_report(tmp_path).interrupted(signal.SIGINT, group=True)
+    assert_goes_on(tmp_path, done, stubs=True, examples=LONG["examples"])
+    assert (run / "report.html").is_file()
+
+
+def _interrupt_twice(watched: Watched) -> None:
+    """A second Ctrl-C ends at once."""
+    driver = watched.process
     os.killpg(driver.pid, signal.SIGINT)
     assert driver.stderr is not None
     assert "a second signal ends at once" in driver.stderr.readline()
@@ -404,23 +407,6 @@ def test_second_ctrl_c_in_the_middle_of_a_rung_ends_at_once_and_the_run_goes_on(
     words = "ended at once, without cleaning up; `tenfold resume runs/run` goes on"
     assert done.stderr == f"tenfold: {words}\n"
     watched.assert_gone()
-    after = ended(start(tmp_path, "resume", "runs/run", module=STUBS))
-    assert after.returncode == 0, told(after)
-    assert {status["status"] for status in statuses(run).values()} == {"finished"}
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.faults
-@pytest.mark.parametrize("number", CODES)
-def test_signal_while_the_report_is_written_leaves_a_run_that_goes_on(tmp_path, number):
-    run = write_config(tmp_path, **SWEEP)
-    watched = Watched(start(tmp_path, "sweep", "sweep.yaml", module=STUBS))
-    watched.wait_for((run / "best").is_dir)  # plotly, which the report needs, takes a second or two
-    done = watched.interrupted(number)
-    assert not (run / "report.html").exists()
-    assert_goes_on(tmp_path, done, stubs=True)
-    assert (run / "report.html").is_file()
 
 
 @pytest.mark.ray

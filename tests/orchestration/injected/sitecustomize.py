@@ -2,7 +2,7 @@
 PYTHONPATH; the variable TENFOLD_TEST_FAULT names what happens there when trainers.loop is imported.
 
     kill RATE STEP      kills the worker whenever a run of that learning rate has done so many steps
-    kill-once PATH N    kills the worker at its Nth forward, once: the file at PATH says that it happened
+    kill-once PATH N..  kills the worker at its Nth forward, once for each N: a file PATH-N says that it happened
     no-room TOKENS      forwards of more tokens find no memory
     no-room-for RATE    no forward of a run of that learning rate finds memory
 """
@@ -28,13 +28,14 @@ def kill(trainer_class, rate: str, step: str) -> None:
     trainer_class.advance = advanced
 
 
-def kill_once(trainer_class, path: str, number: str) -> None:
+def kill_once(trainer_class, path: str, *numbers: str) -> None:
     advance, count = trainer_class.advance, [0]
 
     def advanced(self, active):
         count[0] += 1
-        if count[0] == int(number) and not os.path.exists(path):
-            open(path, "w").close()
+        mark = f"{path}-{count[0]}"
+        if str(count[0]) in numbers and not os.path.exists(mark):
+            open(mark, "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
         return advance(self, active)
 
