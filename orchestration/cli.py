@@ -40,9 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _ended(args: argparse.Namespace) -> int:
     try:
         return _ran(args)
-    except (
-        Exception
-    ):  # what breaks after a signal (a terminal that went, a server that it ended) is its end
+    except Exception:
+        # What breaks after a signal (a terminal that went, a server that it ended) is its end.
         if not signals.received():
             raise
     except SystemExit as end:

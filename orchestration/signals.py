@@ -202,7 +202,11 @@ def _leave_lost_terminal() -> None:
     """A terminal that has gone (SIGHUP) takes nothing more: writing to it is an error, and none of ours."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for file in STANDARD_FILES:
-        if stat.S_ISCHR(os.fstat(file).st_mode) and not os.isatty(file):
+        try:
+            is_device = stat.S_ISCHR(os.fstat(file).st_mode)
+        except OSError:  # it is closed
+            continue
+        if is_device and not os.isatty(file):
             os.dup2(nowhere, file)
     os.close(nowhere)
 

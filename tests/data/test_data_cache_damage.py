@@ -1,30 +1,15 @@
 """Entries of the cache that are damaged on disk: said, and made again, never trained on."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.spoilers import emptied, flipped, truncated
 from trainers.data import DataSpec, count_tokens
 from trainers.data.cache import cache_root, check_once
 from trainers.data.prepared import PreparedData, cached_audit, prepare_data
 from trainers.speed import measured_once
-
-
-def truncated(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-3])
-
-
-def flipped(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def emptied(path: Path) -> None:
-    path.write_bytes(b"")
-
 
 SPOILERS = (truncated, flipped, emptied)
 

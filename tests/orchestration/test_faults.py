@@ -23,6 +23,7 @@ from tests.orchestration.sweeps import (
     write_config,
 )
 from tests.orchestration.test_orch_resume import assert_gone, kill, one_ended_one_begun, rungs
+from tests.spoilers import flipped
 from trainers.integrity import check_folder
 from trainers.paths import read_state
 
@@ -97,22 +98,16 @@ def with_previous(run: Path) -> list[Path]:
     return [t for t in kept if (t / "checkpoint").is_dir() and not (t / "status.json").exists()]
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
-
-
 def test_sweep_resumed_over_damaged_files_says_so_and_ends_in_undisturbed_numbers(folder):
     run = write_config(folder, name="damaged", **CONFIG)
     driver = start(folder, "sweep", "sweep.yaml")
     wait_until(lambda: run.exists() and one_ended_one_begun(run) and with_previous(run), driver)
     assert_gone(kill(driver))
     over = sorted(statuses(run))
-    flip(with_previous(run)[0] / "checkpoint" / "adapter_model.safetensors")
-    flip(run / "trials" / over[0] / "status.json")
-    flip(run / "trials" / over[0] / "metrics.jsonl")
-    flip(run / "trials" / over[0] / "best" / "adapter_model.safetensors")
+    flipped(with_previous(run)[0] / "checkpoint" / "adapter_model.safetensors")
+    flipped(run / "trials" / over[0] / "status.json")
+    flipped(run / "trials" / over[0] / "metrics.jsonl")
+    flipped(run / "trials" / over[0] / "best" / "adapter_model.safetensors")
     done = resume(folder, "damaged")
     assert done.returncode == 0, told(done)
     text = " ".join(done.stdout.split())
@@ -122,7 +117,7 @@ def test_sweep_resumed_over_damaged_files_says_so_and_ends_in_undisturbed_number
     assert "is damaged; the rows of the trial's checkpoint are taken" in text
     assert_as_whole(folder, run)
     assert "Damaged files" in (run / "report.html").read_text()
-    flip(run / "plan.json")
+    flipped(run / "plan.json")
     refused = resume(folder, "damaged")
     assert refused.returncode == 2
     (line,) = refused.stderr.strip().splitlines()

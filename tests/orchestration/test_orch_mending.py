@@ -12,6 +12,7 @@ from orchestration.rungs import RungLedger, RungRecord
 from orchestration.schedulers import make_scheduler
 from orchestration.trials import settle
 from tests.orchestration.sweeps import candidate_dict
+from tests.spoilers import emptied, flipped, truncated
 from trainers.checkpoint_folder import STATE_FILE
 from trainers.integrity import check_folder, seal_folder
 from trainers.paths import (
@@ -70,20 +71,6 @@ def mended(run: RunPaths, *planned: str) -> list[str]:
     return said
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 3] ^= 1
-    path.write_bytes(data)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-9])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
 def files_of(run: RunPaths) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in run.root.rglob("*") if p.is_file()}
 
@@ -94,13 +81,13 @@ def test_mend_of_a_run_that_is_whole_says_and_changes_nothing(run):
     assert files_of(run) == before
 
 
-@pytest.mark.parametrize("spoil", [flip, cut, empty])
+@pytest.mark.parametrize("spoil", [flipped, truncated, emptied])
 @pytest.mark.parametrize("name", ["first", "third"])
 def test_mend_metrics_are_taken_from_the_checkpoint(run, spoil, name):
     before, path = files_of(run), run.trial(name).metrics
     spoil(path)
     said = mended(run)
-    if spoil is empty:  # no line of it is wrong; the worker of a trial that goes on writes it again
+    if spoil is emptied:  # no line of it is wrong; the worker of a trial that goes on writes it again
         return
     assert files_of(run) == before
     (line,) = said
@@ -108,7 +95,7 @@ def test_mend_metrics_are_taken_from_the_checkpoint(run, spoil, name):
     assert line.endswith("is damaged; the rows of the trial's checkpoint are taken")
 
 
-@pytest.mark.parametrize("spoil", [flip, cut, empty])
+@pytest.mark.parametrize("spoil", [flipped, truncated, emptied])
 def test_mend_status_is_worked_out_from_the_metrics(run, spoil):
     before, path = files_of(run), run.trial("first").status
     spoil(path)
@@ -122,14 +109,14 @@ def test_mend_status_of_a_stopped_trial_is_worked_out_from_the_decisions(run):
     write_state(paths.status, {"status": "stopped", "reason": "x", "examples": 16, "steps": 1})
     ledger = RungLedger(run.rungs)
     ledger.append(RungRecord(trial="third", examples=16, eval_loss=2.5, decision="STOP"))
-    flip(paths.status)
+    flipped(paths.status)
     assert len(mended(run)) == 1
     assert not paths.status.exists()
     settle(run)
     assert read_state(paths.status)["status"] == "stopped"
 
 
-@pytest.mark.parametrize("spoil", [flip, cut, empty])
+@pytest.mark.parametrize("spoil", [flipped, truncated, emptied])
 def test_mend_config_of_a_planned_trial_is_written_again_and_of_another_refused(run, spoil):
     path = run.trial("third").config
     spoil(path)
@@ -146,7 +133,7 @@ def test_mend_config_of_a_planned_trial_is_written_again_and_of_another_refused(
 
 def test_mend_metrics_that_nothing_holds_begin_the_trial_again(run):
     paths = run.trial("first")
-    flip(paths.metrics)
+    flipped(paths.metrics)
     for folder in (paths.checkpoint, previous_of(paths.checkpoint)):
         folder.mkdir(exist_ok=True)
         empty_file = folder / "checksums.json"
@@ -207,7 +194,7 @@ def test_choose_takes_the_best_whose_weights_are_whole(run):
     assert best is not None
     assert best.name == "first"
     assert said == []
-    flip(run.trial("first").best / WEIGHTS)
+    flipped(run.trial("first").best / WEIGHTS)
     _records, best = choose(run, said.append)
     assert best is not None
     assert best.name == "first"
@@ -221,7 +208,7 @@ def test_choose_takes_the_best_whose_weights_are_whole(run):
 def test_choose_weights_that_nothing_holds_fail_their_trial(run):
     first, second = run.trial("first"), run.trial("second")
     for folder in (first.best, first.checkpoint):
-        flip(folder / WEIGHTS)
+        flipped(folder / WEIGHTS)
     said: list[str] = []
     records, best = choose(run, said.append)
     assert best is not None
@@ -230,7 +217,7 @@ def test_choose_weights_that_nothing_holds_fail_their_trial(run):
     assert read_state(first.status)["status"] == "failed"
     assert read_state(first.status)["reason"].startswith("its best weights are damaged: ")
     assert {record.name for record in records} == set(NAMES)
-    flip(second.best / WEIGHTS)  # its checkpoint is of another evaluation
+    flipped(second.best / WEIGHTS)  # its checkpoint is of another evaluation
     _, best = choose(run, said.append)
     assert best is None
     assert len(said) == 2

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.spoilers import emptied, flipped, removed, truncated
 from tests.trainers.links import FakeLink, enter
 from tests.trainers.trials import CANDIDATE, numbers, trial
 from trainers.base_model import BaseSpec
@@ -24,24 +25,6 @@ FILES = ("adapter_model.safetensors", "optimizer.safetensors", "trainer_state.js
 
 class Killed(Exception):
     pass
-
-
-def truncated(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def flipped(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 16
-    path.write_bytes(data)
-
-
-def emptied(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def removed(path: Path) -> None:
-    path.unlink()
 
 
 @pytest.fixture
