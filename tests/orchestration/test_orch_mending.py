@@ -87,7 +87,9 @@ def test_mend_metrics_are_taken_from_the_checkpoint(run, spoil, name):
     before, path = files_of(run), run.trial(name).metrics
     spoil(path)
     said = mended(run)
-    if spoil is emptied:  # no line of it is wrong; the worker of a trial that goes on writes it again
+    if (
+        spoil is emptied
+    ):  # no line of it is wrong; the worker of a trial that goes on writes it again
         return
     assert files_of(run) == before
     (line,) = said

@@ -123,7 +123,7 @@ def test_terminal_that_goes_ends_a_command_in_order(tmp_path):
     process = subprocess.Popen(
         command,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-        preexec_fn=lambda: os.login_tty(os.dup(slave)),
+        preexec_fn=lambda: _take_terminal(slave),
         pass_fds=[slave],
     )
     os.close(slave)
@@ -133,6 +133,11 @@ def test_terminal_that_goes_ends_a_command_in_order(tmp_path):
     os.close(master)  # and the kernel sends SIGHUP to whoever it was the terminal of
     assert process.wait(TIMEOUT_S) == 128 + signal.SIGHUP
     assert mark.read_text() == "ended in order"
+
+
+def _take_terminal(slave: int) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may be under nohup
+    os.login_tty(os.dup(slave))
 
 
 def test_command_that_outlives_its_terminal_by_nohup_goes_on(tmp_path):
