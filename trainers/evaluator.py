@@ -70,5 +70,4 @@ class Evaluator:
         def add() -> None:
             nats.add_(self.head.eval_nats(rows.batch([part], self.head.max_positions), slot))
 
-        width, sharded = int(rows.lengths[part].max()), self.pack.sharding is not None
-        return shortage_in(add, len(part), width, waited_for=sharded)
+        return shortage_in(add, [part], rows.lengths, waited_for=self.pack.sharding is not None)

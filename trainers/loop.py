@@ -146,11 +146,10 @@ class Trainer:
         if not parts:
             return
         chosen, rows = [run for run, _ in parts], [rows for _, rows in parts]
-        width = max(int(self.train_rows.lengths[part].max()) for part in rows)
         shortage = shortage_in(
             lambda: self._micro_step(chosen, rows),
-            sum(map(len, rows)),
-            width,
+            rows,
+            self.train_rows.lengths,
             waited_for=self.pack.sharding is not None,
         )
         if shortage is None:

@@ -5,6 +5,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from trainers.comm import Comm
@@ -56,11 +57,17 @@ def shortage_of(error: BaseException, rows: int, width: int) -> Shortage:
 
 
 def shortage_in(
-    work: Callable[[], None], num_rows: int, width: int, *, waited_for: bool = False
+    work: Callable[[], None],
+    parts: Sequence[np.ndarray] = (),
+    lengths: np.ndarray | None = None,
+    *,
+    waited_for: bool = False,
 ) -> Shortage | None:
-    """Does work for rows of a width in tokens; what it had no room for, else None.
+    """Does work; what it had no room for, else None.
 
     Args:
+        parts: the rows that it is for, [rows] each, some perhaps empty.
+        lengths: tokens of every row.
         waited_for: other workers wait in a gather for this one (a sharded base): it must end without room, and
             they with it.
     """
@@ -70,7 +77,8 @@ def shortage_in(
     except (RuntimeError, MemoryError) as error:
         if waited_for or not is_out_of_memory(error):
             raise
-        return shortage_of(error, num_rows, width)
+        widths = [int(lengths[part].max()) for part in parts if lengths is not None and len(part)]
+        return shortage_of(error, sum(map(len, parts)), max(widths, default=0))
 
 
 def give_back() -> None:

@@ -272,7 +272,7 @@ class Station:
         """The slot of a new adapter, on all workers or on none."""
         slots: list[int] = []
         adapter = adapter_of(candidate, self.shape)
-        shortage = shortage_in(lambda: slots.append(self.pack.enter(adapter)), 0, 0)
+        shortage = shortage_in(lambda: slots.append(self.pack.enter(adapter)))
         (found,) = shared([shortage], self.comm, self.model.device)
         for slot in slots:
             if found is None:

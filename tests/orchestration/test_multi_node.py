@@ -27,7 +27,8 @@ from tests.orchestration.test_orch_pool import DEMAND, pool_of, serve_constant, 
 from tests.trainers.links import as_command
 from tests.trainers.trials import CANDIDATE, numbers, trial
 from trainers.checkpoint_folder import checkpoint_examples
-from trainers.paths import RunPaths, read_state, write_json
+from trainers.data.cache import write_json
+from trainers.paths import RunPaths, read_state
 from trainers.sft_trainer import TrialSpec, train_trial
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -11,7 +11,7 @@ from orchestration.config import make_config
 from orchestration.packs import measurement, plan_packs, trial_demand
 from orchestration.placing import packs_sentence, shown_packs
 from orchestration.planning import make_plan
-from trainers.paths import write_json
+from trainers.data.cache import write_json
 
 
 @pytest.fixture
