@@ -78,37 +78,29 @@ def has_no_checkpoint(run: Path) -> bool:
     return (run / "packs.json").is_file() and not any(run.glob("trials/*/checkpoint"))
 
 
-def test_sweep_whose_driver_is_killed_twice_resumes_to_undisturbed_numbers(folder):
-    run = write_config(folder, name="driver", **CONFIG)
-    command = ("sweep", "sweep.yaml")
-    for moment in (has_no_checkpoint, is_writing):
-        driver = start(folder, *command)
-        wait_until(lambda moment=moment: moment(run), driver)
-        assert_gone(kill(driver))
-        command = ("resume", "runs/driver")
-    done = resume(folder, run.name)
-    assert done.returncode == 0, told(done)
-    assert_as_whole(folder, run)
-    assert not list(run.rglob("*.tmp"))
-
-
 def with_previous(run: Path) -> list[Path]:
     """Trials that have no end, and more than one checkpoint."""
     kept = (path.parent for path in run.glob("trials/*/.checkpoint.old"))
     return [t for t in kept if (t / "checkpoint").is_dir() and not (t / "status.json").exists()]
 
 
-def test_sweep_resumed_over_damaged_files_says_so_and_ends_in_undisturbed_numbers(folder):
-    run = write_config(folder, name="damaged", **CONFIG)
-    driver = start(folder, "sweep", "sweep.yaml")
-    wait_until(lambda: run.exists() and one_ended_one_begun(run) and with_previous(run), driver)
-    assert_gone(kill(driver))
+def has_ended_begun_and_previous(run: Path) -> bool:
+    return run.exists() and one_ended_one_begun(run) and bool(with_previous(run))
+
+
+def test_sweep_killed_at_three_moments_and_damaged_ends_in_undisturbed_numbers(folder):
+    run, command = write_config(folder, name="driver", **CONFIG), ("sweep", "sweep.yaml")
+    for moment in (has_no_checkpoint, is_writing, has_ended_begun_and_previous):
+        driver = start(folder, *command)
+        wait_until(lambda moment=moment: moment(run), driver)
+        assert_gone(kill(driver))
+        command = ("resume", "runs/driver")
     over = sorted(statuses(run))
     flipped(with_previous(run)[0] / "checkpoint" / "adapter_model.safetensors")
     flipped(run / "trials" / over[0] / "status.json")
     flipped(run / "trials" / over[0] / "metrics.jsonl")
     flipped(run / "trials" / over[0] / "best" / "adapter_model.safetensors")
-    done = resume(folder, "damaged")
+    done = resume(folder, run.name)
     assert done.returncode == 0, told(done)
     text = " ".join(done.stdout.split())
     assert "adapter_model.safetensors: its SHA-256 is not the one that was written down" in text
@@ -116,39 +108,25 @@ def test_sweep_resumed_over_damaged_files_says_so_and_ends_in_undisturbed_number
     assert "status.json: must end in the checksum of what it holds" in text
     assert "is damaged; the rows of the trial's checkpoint are taken" in text
     assert_as_whole(folder, run)
+    assert not list(run.rglob("*.tmp"))
     assert "Damaged files" in (run / "report.html").read_text()
     flipped(run / "plan.json")
-    refused = resume(folder, "damaged")
+    refused = resume(folder, run.name)
     assert refused.returncode == 2
     (line,) = refused.stderr.strip().splitlines()
     assert "plan.json: must end in the checksum of what it holds" in line
 
 
-def near(run: Path, whole: Path) -> None:
-    """Losses that differ by rounding alone: forwards of another size."""
-    expected = losses(whole)
-    for name, found in losses(run).items():
-        assert found == [(at, pytest.approx(loss, abs=1e-4)) for at, loss in expected[name]]
-
-
-def test_sweep_without_memory_for_its_forwards_halves_them_and_keeps_its_numbers(folder):
-    run = write_config(folder, name="halved", **CONFIG)
-    done = ended_with(folder, "no-room 512")
-    assert done.returncode == 0, told(done)
-    assert {status["status"] for status in statuses(run).values()} == {"finished"}
-    near(run, folder / "runs" / "whole")
-
-
-def test_sweep_with_a_trial_that_does_not_fit_fails_it_with_its_bytes_and_no_neighbour(folder):
-    run = write_config(folder, name="too-large", **CONFIG | {"pack_size": 3})
-    done = ended_with(folder, f"no-room-for {RATES[1]}")
+def test_sweep_without_memory_halves_its_forwards_and_fails_alone_what_never_fits(folder):
+    run = write_config(folder, name="no-room", **CONFIG | {"pack_size": 3})
+    done = ended_with(folder, f"no-room 512; no-room-for {RATES[1]}")
     assert done.returncode == 0, told(done)
     ends = {rate_of(run, name): status for name, status in statuses(run).items()}
     assert [ends[rate]["status"] for rate in RATES] == ["finished", "failed", "finished"]
     assert f"tried to allocate {1 << 50} bytes" in ends[RATES[1]]["reason"]
     found, expected = losses(run), losses(folder / "runs" / "whole")
     for name in found:
-        if rate_of(run, name) != RATES[1]:
+        if rate_of(run, name) != RATES[1]:  # by rounding alone: forwards of another size
             assert found[name] == [(n, pytest.approx(x, abs=1e-4)) for n, x in expected[name]]
 
 

@@ -15,6 +15,7 @@ from tests.orchestration.sweeps import (
     ROOT,
     TIMEOUT_S,
     ended,
+    processes_of,
     rows,
     start,
     statuses,
@@ -343,11 +344,11 @@ def _driven(folder: Path, *command: str, **variables: str) -> Watched:
     return Watched(start(folder, *command, module=STUBS, own_session=True, **paced))
 
 
-def _in_a_rung(folder: Path, *command: str) -> Watched:
+def _in_a_rung(folder: Path, *command: str, **variables: str) -> Watched:
     """A driver whose workers have just told more evaluations of a run."""
     run = folder / "runs" / "run"
     before = _num_rows(run)
-    watched = _driven(folder, *command)
+    watched = _driven(folder, *command, **variables)
     watched.wait_for(lambda: _num_rows(run) >= before + 4)
     return watched
 
@@ -386,12 +387,17 @@ def test_run_that_sigterm_ends_again_and_again_goes_on_to_its_end(tmp_path):
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.faults
-def test_run_that_ctrl_c_ends_again_and_again_goes_on_to_its_end(tmp_path):
+def test_c15_run_that_ctrl_c_ends_again_and_again_goes_on_to_its_end(tmp_path):
     run = write_config(tmp_path, **LONG)
     watched = _in_a_rung(tmp_path, "sweep", "sweep.yaml")
     _interrupt_twice(watched)
     before = _num_rows(run)
-    done = _in_a_rung(tmp_path, "resume", "runs/run").interrupted(signal.SIGINT, group=True)
+    # Field case C15: Ctrl-C to a stub trial with a DataLoader of 2 workers.
+    watched = _in_a_rung(tmp_path, "resume", "runs/run", TENFOLD_STUB_LOADERS="2")
+    loaders = [p for p in watched.look() if p.name() == "pt_data_worker"]
+    assert len(loaders) >= 2, [p.name() for p in watched.below]
+    done = watched.interrupted(signal.SIGINT, group=True)
+    assert not processes_of(tmp_path)
     assert one_line_with("`tenfold resume runs/run` goes on", done)
     assert _num_rows(run) >= before + 4
     done = _writing_its_report(tmp_path).interrupted(signal.SIGINT, group=True)

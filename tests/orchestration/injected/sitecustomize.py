@@ -1,5 +1,5 @@
 """Faults for the workers of a real sweep. Python imports this file at the start of every process that has its folder on
-PYTHONPATH; the variable TENFOLD_TEST_FAULT names what happens there when trainers.loop is imported.
+PYTHONPATH; the variable TENFOLD_TEST_FAULT names what happens there when trainers.loop is imported (one; another).
 
     kill RATE STEP      kills the worker whenever a run of that learning rate has done so many steps
     kill-once PATH N..  kills the worker at its Nth forward, once for each N: a file PATH-N says that it happened
@@ -81,8 +81,9 @@ class Finder(importlib.abc.MetaPathFinder):
 
         def loaded(module) -> None:
             load(module)
-            name, *arguments = os.environ["TENFOLD_TEST_FAULT"].split()
-            FAULTS[name](module.Trainer, *arguments)
+            for fault in os.environ["TENFOLD_TEST_FAULT"].split(";"):
+                name, *arguments = fault.split()
+                FAULTS[name](module.Trainer, *arguments)
 
         spec.loader.exec_module = loaded
         return spec
