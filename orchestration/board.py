@@ -168,8 +168,8 @@ class Board:
     # What groups say
 
     def begin(self, group: str, attempt: str) -> bool:
-        """A group's workers start, and will load the base; False: they died of it too often. Those of an
-        earlier attempt are dead: their trials need not wait for the base where others have room.
+        """A group's workers start, and will load the base; False: they died of it too often, or the sweep ends.
+        Those of an earlier attempt are dead: their trials need not wait for the base where others have room.
 
         Args:
             attempt: names the start of the Train run. The groups of one run start together, but say so in
@@ -182,6 +182,8 @@ class Board:
         for name in reversed(self.groups) if self.one_run else [group]:
             self._bury(name, attempt)
         self._assign()
+        if self.stopping:  # nobody waits for its base any more
+            return False
         self.starts[group] = self.starts.get(group, 0) + 1
         if self.starts[group] > MAX_STARTS:
             self.lose(group, f"its workers died {MAX_STARTS} times while they loaded the base")

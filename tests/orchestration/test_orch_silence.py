@@ -75,3 +75,13 @@ def test_broker_tells_a_trial_that_hangs_alone_again_and_again_what_it_failed_of
     ended = asyncio.run(hang(4))
     assert ended["status"] == "failed"
     assert ended["reason"].endswith("the last time: it was silent for -1 s and was ended")
+
+
+def test_group_that_starts_when_the_sweep_ends_may_not_load():
+    async def begun() -> tuple[bool, bool]:
+        broker = Broker(1, False)
+        before = await broker.begin("group-0", "first")
+        await broker.stop()
+        return before, await broker.begin("group-0", "second")
+
+    assert asyncio.run(begun()) == (True, False)
