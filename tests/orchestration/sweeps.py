@@ -18,16 +18,17 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "trainers" / "assets" / "tiny-llama"
 FUNCTIONS = ROOT / "trainers" / "assets" / "demo" / "functions.jsonl"
 TIMEOUT_S = 800
-LONE: dict[str, Any] = {
+SHORT: dict[str, Any] = {
     "lora_rank": 4,
     "learning_rate": [1e-3, 3e-3, 1e-2],
     "examples": 160,
     "eval_every": 32,
     "quantization": "none",
     "dtype": "fp32",
-    "pack_size": 1,
     "scheduler": "fifo",
 }
+"""Three trials of five evaluations."""
+LONE = SHORT | {"pack_size": 1}
 """One adapter a group: the composition of a pack is then the same whenever a trial enters, and the numbers of a
 disturbed run must be equal, not near."""
 

@@ -13,6 +13,7 @@ import pytest
 
 from tests.orchestration.sweeps import (
     ROOT,
+    SHORT,
     TIMEOUT_S,
     ended,
     processes_of,
@@ -31,16 +32,8 @@ from tests.orchestration.watched import (
     one_line_with,
 )
 
-SWEEP = {
-    "lora_rank": 4,
-    "learning_rate": [1e-3, 3e-3, 1e-2],
-    "examples": 160,
-    "eval_every": 32,
-    "quantization": "none",
-    "dtype": "fp32",
-    "scheduler": "fifo",
-    "cpus_per_worker": 2,  # one group: a third less of what takes long here, starting workers
-}
+SWEEP = SHORT | {"cpus_per_worker": 2}
+"""One group: a third less of what takes long here, starting workers."""
 
 
 # ---- without Ray: while nothing has been started
@@ -377,7 +370,7 @@ def test_run_that_sigterm_ends_again_and_again_goes_on_to_its_end(tmp_path):
     done = watched.interrupted(signal.SIGTERM, group=True)  # as Slurm and systemd send it
     assert "failed" not in {status["status"] for status in statuses(run).values()}, told(done)
     done = _writing_its_report(tmp_path).interrupted(signal.SIGTERM)
-    assert_goes_on(tmp_path, done, stubs=True, examples=LONG["examples"])
+    assert_goes_on(tmp_path, done, LONG["examples"])
 
 
 @pytest.mark.ray
@@ -398,7 +391,7 @@ def test_c15_run_that_ctrl_c_ends_again_and_again_goes_on_to_its_end(tmp_path):
     assert (run / "report.html").is_file()  # of what there is
     assert _num_rows(run) >= before + 4
     done = _writing_its_report(tmp_path).interrupted(signal.SIGINT, group=True)
-    assert_goes_on(tmp_path, done, stubs=True, examples=LONG["examples"])
+    assert_goes_on(tmp_path, done, LONG["examples"])
 
 
 def _interrupt_twice(watched: Watched) -> None:

@@ -62,13 +62,10 @@ def one_line_with(text: str, done: subprocess.CompletedProcess[str]) -> bool:
     return sum(text in line for line in (done.stdout + done.stderr).splitlines()) == 1
 
 
-def assert_goes_on(
-    folder: Path, done: subprocess.CompletedProcess[str], *, stubs: bool, examples: int = 160
-) -> None:
+def assert_goes_on(folder: Path, done: subprocess.CompletedProcess[str], examples: int) -> None:
     """What was said at the end is true: `tenfold resume` finishes every trial."""
     assert one_line_with("`tenfold resume runs/run` goes on", done), told(done)
-    module = {"module": STUBS} if stubs else {}
-    after = ended(start(folder, "resume", "runs/run", **module))
+    after = ended(start(folder, "resume", "runs/run", module=STUBS))
     assert after.returncode == 0, told(after)
     assert {status["status"] for status in statuses(folder / "runs" / "run").values()} == {
         "finished"

@@ -92,9 +92,7 @@ def near_duplicates_of(spec: DataSpec) -> dict[str, Any]:
 
         known = found_in(folder)
         write_json(folder / "near.json", known)
-    kept = read_json(folder / "audit.json")
-    assert kept is not None, "a set has its audit"
-    names = dict(zip(kept["files"], audit.files, strict=True))
+    names = dict(zip(_kept_audit(folder)["files"], audit.files, strict=True))
     return known | {
         side: [renamed_place(line, names) for line in known[side]] for side in ("train", "eval")
     }
@@ -160,9 +158,13 @@ def _prepared(
             write_json(temporary / "audit.json", preparation.run().to_dict())
 
         write_folder(folder, fill)
+    return folder, Audit.from_dict(_kept_audit(folder)).renamed(_names_of(parts))
+
+
+def _kept_audit(folder: Path) -> dict[str, Any]:
     kept = read_json(folder / "audit.json")
     assert kept is not None, "a set has its audit"
-    return folder, Audit.from_dict(kept).renamed(_names_of(parts))
+    return kept
 
 
 def _names_of(parts: Sequence[Part]) -> tuple[str, ...]:
