@@ -27,6 +27,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Long bytes go by their argument's name: those made while tests are collected may differ by process (gzip's hold
+    the time), and processes that share the tests must collect the same."""
+    return argname if isinstance(val, bytes) and len(val) > 16 else None
+
+
 @cache
 def outcomes_of(module: Path) -> tuple[dict[str, str], str]:
     """Test -> why it failed, or nothing; and what the module's process printed."""
