@@ -9,18 +9,27 @@ and packages into folders in which everybody may put others in their place.
 
 import os
 import secrets
+import socket
 import stat
 import tempfile
 from pathlib import Path
+from typing import Any
 
 CLUSTERS_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 OFF = "0"
 SESSIONS_CHOICE = "RAY_TMPDIR"
 """The variable by which a user says where Ray's sessions lie."""
+API_SERVER = "RAY_API_SERVER_ADDRESS"
+"""The variable by which a process knows the state API of its Ray."""
+LOOPBACK = "127.0.0.1"
 TOKEN_MODE = "RAY_AUTH_MODE"
 TOKEN_ELSEWHERE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 """Variables by which a user gives a token of his own."""
 OTHERS_BITS = 0o077
+
+
+_users: dict[str, str | None] = {}
+"""What the user's environment has under a name that is ours meanwhile."""
 
 
 def begin_alone() -> dict[str, str]:
@@ -42,8 +51,34 @@ def begin_alone() -> dict[str, str]:
     }  # one within: Ray opens the folder that it is given to everybody
 
 
+def tell_api_server() -> dict[str, Any]:
+    """Chooses where the state API of the Ray that is about to start will be, tells it to all processes of that Ray, and
+    gives what `ray.init` must be told.
+
+    Left to itself a worker (Ray 2.60) looks for a Ray on its machine. Where there are two it fails, or asks the other
+    one, which does not know who asks: Train's PlacementGroupCleaner then takes its controller for dead and removes
+    the workers from under it (seen with two clusters on one machine).
+    """
+    with socket.socket() as found:
+        found.bind((LOOPBACK, 0))
+        port = found.getsockname()[1]
+    _users.setdefault(API_SERVER, os.environ.get(API_SERVER))
+    os.environ[API_SERVER] = f"http://{LOOPBACK}:{port}"
+    return {"include_dashboard": True, "dashboard_host": LOOPBACK, "dashboard_port": port}
+
+
+def is_api_server(url: str) -> bool:
+    """Whether a dashboard is where `tell_api_server` said: another program may have been quicker to take the port, and
+    Ray then takes the next."""
+    return os.environ.get(API_SERVER) == f"http://{url}"
+
+
 def end_alone() -> None:
     """What this process starts next may join others again."""
+    for name, value in _users.items():
+        os.environ.pop(name, None)
+        os.environ |= {} if value is None else {name: value}
+    _users.clear()
     if os.environ.get(CLUSTERS_SWITCH) == OFF:
         del os.environ[CLUSTERS_SWITCH]
         _allow_clusters(True)

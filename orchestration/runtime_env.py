@@ -33,30 +33,42 @@ PASSED_ON = (
     "TOKENIZERS_PARALLELISM",
 )
 """Variables that reach the workers where the driver has them. HF_TOKEN is the cluster's own to set."""
+ADDRESS = "RAY_ADDRESS"
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What `ray job submit` tells an entrypoint of its job, as JSON."""
 JOB_OVERRIDE = "RAY_OVERRIDE_JOB_RUNTIME_ENV"
 
 
-def worker_environment() -> dict[str, Any]:
+def worker_environment(address: str) -> dict[str, Any]:
     """The runtime environment of a job on a joined cluster, for `ray.init`.
 
     Where the driver is the entrypoint of a submitted job, Ray refuses two environments that name the same
     thing. Ours leaves the job's variables alone and names the job's modules after ours, so that it may
     say "the driver's wins" without anything of the job's being lost.
 
+    Args:
+        address: of the cluster. A host and port is told to the workers: those of Train's that ask the state API
+            would else look for a Ray on their machine, where there may be two.
+
     Raises:
         ValueError: a variable that would be shown holds a secret.
     """
+    passed_on = {name: _shown(name) for name in PASSED_ON if name in os.environ}
     ours = {
         "py_modules": [package_folder(name) for name in OUR_PACKAGES],
         "excludes": list(EXCLUDES),
-        "env_vars": {name: _shown(name) for name in PASSED_ON if name in os.environ},
+        "env_vars": passed_on | ({ADDRESS: address} if host_and_port(address) else {}),
     }
     jobs = submitted_environment(os.environ)
     if jobs.keys() & {"py_modules", "excludes"}:
         os.environ[JOB_OVERRIDE] = "1"
     return beside(ours, jobs)
+
+
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """Of an address that is not a word or a URL."""
+    host, _, port = address.rpartition(":")
+    return (host, int(port)) if host and port.isdigit() and "://" not in address else None
 
 
 def _shown(name: str) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 
 from cluster.inventory import Inventory, local_inventory, smallest_gpu_bytes
 from orchestration import signals
-from orchestration.local_ray import begin_alone, end_alone
+from orchestration.local_ray import begin_alone, end_alone, is_api_server, tell_api_server
 from orchestration.mending import choose
 from orchestration.results import TrialRecord
-from orchestration.runtime_env import worker_environment
+from orchestration.runtime_env import host_and_port, worker_environment
 from orchestration.serving import ADAPTER_CONFIG, portable_config
 from trainers.integrity import seal_folder
 from trainers.paths import (
@@ -30,6 +30,8 @@ from trainers.paths import (
 HEALTH_CHECK_INTERVAL_S = "0.2"
 DRIVER_RESOURCE, DRIVER_SHARE = "node:__internal_head__", 0.001
 """What keeps an actor on the head: Ray gives it there alone, 1.0 of it."""
+STARTS = 3
+"""Times that a local Ray is started: another program may take the port of its dashboard in between."""
 ACTOR_FAILURES = 2
 """Deaths of its own actor that a trial survives; the worker's are the engine's matter."""
 
@@ -64,15 +66,12 @@ def start_ray(address: str | None) -> None:
         "configure_logging": True,
     }
     if address is None:
-        options |= begin_alone()
-        # Without address="local", init joins whatever cluster it finds on this machine.
-        with signals.kept():
-            ray.init(address="local", include_dashboard=True, dashboard_host="127.0.0.1", **options)
+        _start_local(options | begin_alone())
         return
     try:
         _probe(address)
         with signals.kept():
-            ray.init(address=address, runtime_env=worker_environment(), **options)
+            ray.init(address=address, runtime_env=worker_environment(address), **options)
     except RuntimeError as error:
         if "Version mismatch" not in str(error):
             raise
@@ -87,11 +86,27 @@ def start_ray(address: str | None) -> None:
         ) from error
 
 
+def _start_local(options: Mapping[str, Any]) -> None:
+    import ray
+
+    for _ in range(STARTS):
+        # Without address="local", init joins whatever cluster it finds on this machine.
+        with signals.kept():
+            found = ray.init(address="local", **tell_api_server(), **options)
+        if is_api_server(found.dashboard_url or ""):
+            return
+        with signals.kept(leaving=True):
+            ray.shutdown()
+    raise ValueError(
+        f"Ray's dashboard must have a port of its own, {STARTS} times another program took the one that was free; "
+        "start again"
+    )
+
+
 def _probe(address: str) -> None:
     """Ray itself waits two minutes for a host:port at which nobody listens."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit() and "://" not in address:
-        socket.create_connection((host, int(port)), timeout=5).close()
+    if found := host_and_port(address):
+        socket.create_connection(found, timeout=5).close()
 
 
 def cluster_inventory(local: bool) -> Inventory:

@@ -1,6 +1,7 @@
 """A working folder with a small training file and the shipped base."""
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+# A Ray without a dashboard asks that of another on this machine, which may be of tests that run beside these, and
+# then takes its own processes for dead (orchestration/local_ray.py). Here it asks where nobody answers.
+os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         # Else ray.init puts "token" there, and processes that later tests start under another HOME find none.
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()
 

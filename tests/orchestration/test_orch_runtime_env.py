@@ -19,6 +19,7 @@ from orchestration.runtime_env import (
 from trainers.data.cache import SHARED_CACHE
 
 ROOT = Path(__file__).resolve().parents[2]
+HEAD = "head:6379"
 RAY_PACKAGE_BYTES = 512 << 20
 """Ray refuses a larger package (GCS_STORAGE_MAX_SIZE)."""
 
@@ -33,7 +34,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_runtime_env_modules_are_the_packages_that_this_process_imports(alone):
-    modules = worker_environment()["py_modules"]
+    modules = worker_environment(HEAD)["py_modules"]
     assert modules == [str(ROOT / name) for name in OUR_PACKAGES]
     assert (Path(modules[1]) / "assets" / "tiny-llama" / "model.safetensors").is_file()
     for folder in map(Path, modules):
@@ -42,7 +43,7 @@ def test_runtime_env_modules_are_the_packages_that_this_process_imports(alone):
 
 
 def test_runtime_env_is_one_that_ray_accepts(alone):
-    assert RuntimeEnv(**worker_environment()).py_modules()
+    assert RuntimeEnv(**worker_environment(HEAD)).py_modules()
 
 
 def test_runtime_env_carries_how_workers_work_and_no_secret(alone):
@@ -51,10 +52,16 @@ def test_runtime_env_carries_how_workers_work_and_no_secret(alone):
         alone.setenv(name, "hunter2")
     alone.setenv("TENFOLD_CACHE", "/shared/cache")
     alone.setenv("HF_HUB_OFFLINE", "1")
-    env = worker_environment()
+    env = worker_environment(HEAD)
     assert env["env_vars"]["TENFOLD_CACHE"] == "/shared/cache"
     assert env["env_vars"]["HF_HUB_OFFLINE"] == "1"
     assert "hunter2" not in json.dumps(env)
+
+
+@pytest.mark.parametrize("address", ["auto", "ray://head:10001", "local"])
+def test_runtime_env_tells_the_workers_which_cluster_they_are_of(alone, address):
+    assert worker_environment(HEAD)["env_vars"]["RAY_ADDRESS"] == HEAD
+    assert "RAY_ADDRESS" not in worker_environment(address)["env_vars"]
 
 
 def test_runtime_env_beside_a_jobs_keeps_the_jobs_variables_and_modules():
@@ -72,7 +79,7 @@ def test_runtime_env_beside_a_jobs_keeps_the_jobs_variables_and_modules():
 )
 def test_runtime_env_overrides_a_jobs_only_where_both_name_modules(alone, jobs, overrides):
     alone.setenv(JOB_CONFIG, json.dumps({"runtime_env": jobs}))
-    worker_environment()
+    worker_environment(HEAD)
     assert os.environ.get(JOB_OVERRIDE) == overrides
 
 
@@ -92,14 +99,14 @@ def test_runtime_env_sets_of_a_run_at_a_url_are_shared_there_and_caches_stay_apa
     share_cache(address, "s3://bucket/runs")
     assert os.environ[SHARED_CACHE] == "s3://bucket/runs/.cache"
     assert "TENFOLD_CACHE" not in os.environ
-    assert worker_environment()["env_vars"][SHARED_CACHE] == "s3://bucket/runs/.cache"
+    assert worker_environment(HEAD)["env_vars"][SHARED_CACHE] == "s3://bucket/runs/.cache"
 
 
 def test_runtime_env_carries_no_credentials_of_a_store(alone):
     alone.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     alone.setenv("AWS_ENDPOINT_URL", "http://store")
-    assert worker_environment()["env_vars"]["AWS_ENDPOINT_URL"] == "http://store"
-    assert "secret" not in str(worker_environment())
+    assert worker_environment(HEAD)["env_vars"]["AWS_ENDPOINT_URL"] == "http://store"
+    assert "secret" not in str(worker_environment(HEAD))
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,21 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from orchestration.local_ray import CLUSTERS_SWITCH, begin_alone, end_alone, keep_token, own_folder
+from orchestration import sweep
+from orchestration.local_ray import (
+    API_SERVER,
+    CLUSTERS_SWITCH,
+    begin_alone,
+    end_alone,
+    keep_token,
+    own_folder,
+    tell_api_server,
+)
 from tests.orchestration.sweeps import ROOT, TIMEOUT_S
 
 DRIVER = """
@@ -31,6 +41,23 @@ sys.stdin.read()
 sweep.stop_ray()
 """
 HF_TOKEN = "hf_MARKERmarkerMARKERmarker01"
+ASK_STATE = """
+import json
+from orchestration import sweep
+sweep.start_ray(None)
+import ray
+class Asked:
+    def id(self):
+        return ray.get_runtime_context().get_actor_id()
+def state(actor_id):
+    from ray.util.state import get_actor
+    found = get_actor(actor_id, timeout=30)
+    return found and found.state
+asked = ray.remote(Asked).remote()
+found = ray.get(ray.remote(state).remote(ray.get(asked.id.remote())))
+print(json.dumps({"state": found}))
+sweep.stop_ray()
+"""
 ASK_GCS = """
 import sys
 from ray._raylet import GcsClient
@@ -193,7 +220,51 @@ def test_local_ray_leaves_the_environment_as_it_was(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # a user's choice
     monkeypatch.delenv(CLUSTERS_SWITCH, raising=False)
+    before = dict(os.environ)
     assert begin_alone() == {}
     assert os.environ[CLUSTERS_SWITCH] == "0"
+    told = tell_api_server()
+    assert os.environ[API_SERVER] == f"http://127.0.0.1:{told['dashboard_port']}"
+    tell_api_server()  # the first port was taken
     end_alone()
-    assert CLUSTERS_SWITCH not in os.environ
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("users", [None, "http://elsewhere:8265"])
+def test_local_ray_gives_the_users_state_api_back(monkeypatch, users):
+    monkeypatch.delenv(API_SERVER, raising=False)
+    if users:
+        monkeypatch.setenv(API_SERVER, users)
+    tell_api_server()
+    assert os.environ[API_SERVER] != users
+    end_alone()
+    assert os.environ.get(API_SERVER) == users
+
+
+def test_local_ray_whose_port_was_taken_is_started_again(monkeypatch):
+    urls: list[str] = []
+    ports: list[int] = []
+    ended: list[bool] = []
+
+    def init(**options):
+        ports.append(options["dashboard_port"])
+        return SimpleNamespace(dashboard_url=urls.pop() or f"127.0.0.1:{ports[-1]}")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: ended.append(True))
+    urls[:] = ["", "127.0.0.1:1"]  # the second time it is free
+    sweep._start_local({})
+    assert (len(ports), len(ended)) == (2, 1)
+    urls[:] = ["127.0.0.1:1"] * 3
+    with pytest.raises(ValueError, match="3 times another program took"):
+        sweep._start_local({})
+    end_alone()
+
+
+def test_worker_asks_the_state_api_of_its_own_ray_beside_another(cluster, tmp_path):
+    # Ray's own way fails where it finds two, and Train's cleaner would take a living controller for dead.
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_STATE], env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"state": "ALIVE"}
