@@ -151,7 +151,7 @@ def test_masked_text_holds_the_path_of_a_secret_but_no_secret_that_looks_like_on
 def test_environment_of_workers_that_ray_shows_to_all_holds_no_secret(secrets, monkeypatch):
     monkeypatch.setenv("AWS_REGION", "eu-central-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store.example:9000")
-    found = worker_environment()
+    found = worker_environment("head:6379")
     assert found["env_vars"]["AWS_ENDPOINT_URL"] == "http://store.example:9000"
     assert not [value for value in secrets.values() if value in str(found)]
     assert not {"HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"} & set(PASSED_ON)
@@ -163,7 +163,7 @@ def test_environment_of_workers_with_a_credential_in_a_url_is_refused(monkeypatc
     with pytest.raises(
         ValueError, match=f"{name} in the environment must hold no credentials"
     ) as told:
-        worker_environment()
+        worker_environment("head:6379")
     assert "MARKER" not in str(told.value)
 
 
