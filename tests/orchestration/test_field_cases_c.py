@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray import cloudpickle, tune
 
 from cluster.inventory import Inventory, TrialDemand
@@ -33,6 +32,7 @@ from orchestration.thin import ThinTrial
 from orchestration.tracking import make_trackers
 from orchestration.trials import TrialMaker
 from tests.orchestration import stubs
+from tests.orchestration.local_cluster import local_cluster
 from tests.orchestration.test_orch_pool import assert_nothing_left
 from tests.orchestration.test_orch_preflight import FACTS, NEEDS
 from tests.orchestration.tracked import FakeWandb
@@ -49,10 +49,8 @@ def local_ray() -> Iterator[None]:
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         patch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
-        ray.init(address="local", num_cpus=2, **options)
-        yield
-        ray.shutdown()
+        with local_cluster():
+            yield
 
 
 def write_trials(

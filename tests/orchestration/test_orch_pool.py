@@ -22,6 +22,7 @@ from orchestration.rungs import RungLedger
 from orchestration.schedulers import make_scheduler
 from orchestration.searchers import ListSearcher
 from orchestration.thin import ThinTrial
+from tests.orchestration.local_cluster import local_cluster
 from tests.orchestration.sweeps import wait_until
 from trainers.paths import RunPaths, read_state, write_json_lines, write_state
 
@@ -44,15 +45,8 @@ def local_ray() -> Iterator[None]:
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         patch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-        )
-        yield
-        ray.shutdown()
+        with local_cluster():
+            yield
 
 
 def serve_constant(config: dict[str, Any]) -> None:
@@ -242,9 +236,13 @@ def assert_nothing_left() -> None:
     left = [child for child in children if _title(child).startswith(OURS)]
     _, alive = psutil.wait_procs(left, timeout=30)  # a killed process takes its time to go
     assert [_title(process) for process in alive] == []
-    table = ray.util.placement_group_table().values()
-    assert {group["state"] for group in table} <= {"REMOVED"}
+    assert reservations() <= {"REMOVED"}
     assert ray.available_resources()["CPU"] == 2
+
+
+def reservations() -> set[str]:
+    """The states of all placement groups."""
+    return {group["state"] for group in ray.util.placement_group_table().values()}
 
 
 def _title(process: psutil.Process) -> str:
@@ -389,6 +387,7 @@ def test_pool_whose_train_controller_dies_starts_its_groups_again(run):
         )
     assert killer.killed
     assert statuses(run) == ["finished"] * len(LOSSES)
+    wait_until(lambda: reservations() <= {"REMOVED"})  # Train's cleaner frees what it had
 
 
 @pytest.mark.slow
@@ -400,6 +399,7 @@ def test_pool_whose_broker_dies_ends_with_a_line_that_says_how_to_go_on(run):
     ):
         run_sweep(run, pool, 1, kind="fifo", at=(2.0, 2), who="ray::Broker", max_concurrent=2)
     assert "failed" not in statuses(run)
+    wait_until(lambda: reservations() <= {"REMOVED"})
 
 
 @pytest.mark.slow
