@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,11 +163,19 @@ def account(run: RunPaths, planned: dict[str, str], kills: Counter[str]) -> dict
         "faults": dict(Counter(filter(None, planned.values()))),
         "kills": dict(kills),
         "ends": dict(Counter(ends.values())),
-        "damaged_files_mended": len(_notes(run).read_text().splitlines()),
+        # One that ASHA stops before it finishes damages nothing.
+        "trials_damaged": sum(
+            fault == "damage" and ends.get(name) == "finished" for name, fault in planned.items()
+        ),
+        "damaged_files_mended": _num_notes(run),
         "lost": lost,
         "unexpected": wrong,
         "decided_twice": twice,
     }
+
+
+def _num_notes(run: RunPaths) -> int:
+    return len(_notes(run).read_text().splitlines()) if _notes(run).exists() else 0
 
 
 def _notes(run: RunPaths) -> Path:
@@ -178,6 +186,12 @@ def _note(run: RunPaths, words: str) -> None:
     """Keeps what a driver said of damage: those after it find the files mended."""
     with _notes(run).open("a") as notes:
         notes.write(words + "\n")
+
+
+def _noted(run: RunPaths, say: Callable[[str], None], words: str) -> None:
+    """What a driver says of a trial that ended with damaged files, which it mends at once."""
+    _note(run, words)
+    say(words)
 
 
 def drive(run: RunPaths) -> None:
@@ -204,6 +218,7 @@ def drive(run: RunPaths) -> None:
         warm = {"folder": str(run.trials / "none")}
         storage = str((run.tune / "train").resolve())
         progress = Progress([t["name"] for t in trials], 0, NUM_EVALUATIONS)
+        progress.say = partial(_noted, run, progress.say)
         with progress, Pool(demand, NUM_GROUPS, warm, {}, storage, serve=serve) as pool:
             pool.first_group()
             pool.open(PLACES, [(trial, seen.get(trial["name"], 0)) for trial in trials])

@@ -13,15 +13,17 @@ from trainers.paths import RunPaths
 @pytest.mark.slow
 @pytest.mark.faults
 def test_soak_accounts_for_every_candidate(tmp_path):
-    sizes = ["--candidates", "60", "--fault-frac", "0.3", "--driver-kills", "1"]
-    args = arguments([*sizes, "--actor-kills", "3", "--seed", "2"])
+    sizes = ["--candidates", "24", "--fault-frac", "0.25", "--driver-kills", "1"]
+    args = arguments([*sizes, "--actor-kills", "1", "--seed", "162"])
     found = soak(RunPaths(tmp_path / "run"), args)
-    assert set(found["faults"]) == set(FAULTS)  # of this seed
+    assert found["faults"] == dict.fromkeys(FAULTS, 1)  # of this seed
     assert found["kills"]["driver"] == 1
     assert sum(found["kills"].values()) > 1
     assert (found["lost"], found["unexpected"], found["decided_twice"]) == ([], {}, 0)
     ends = Counter(found["ends"])
-    assert ends.total() == 60
-    assert ends["failed"] == found["faults"]["kill"] + found["faults"]["fail"]
-    assert ends["diverged"] == found["faults"]["diverge"]
-    assert found["damaged_files_mended"] >= found["faults"]["damage"]
+    assert ends.total() == 24
+    assert (ends["failed"], ends["diverged"]) == (
+        2,
+        1,
+    )  # killed whenever it enters, and told to fail
+    assert found["damaged_files_mended"] >= 2 * found["trials_damaged"]
