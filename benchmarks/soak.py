@@ -84,6 +84,7 @@ def soak(run: RunPaths, args: argparse.Namespace) -> dict[str, Any]:
     """Drives a run to its end through all its deaths, and counts what became of every candidate."""
     rng, began = random.Random(args.seed), time.monotonic()
     planned = write_trials(run, args, rng)
+    _notes(run).touch()
     kills, done = Counter[str](), 0
     drivers_left, actors_left = args.driver_kills, args.actor_kills
     next_word = began
@@ -167,15 +168,11 @@ def account(run: RunPaths, planned: dict[str, str], kills: Counter[str]) -> dict
         "trials_damaged": sum(
             fault == "damage" and ends.get(name) == "finished" for name, fault in planned.items()
         ),
-        "damaged_files_mended": _num_notes(run),
+        "damaged_files_mended": len(_notes(run).read_text().splitlines()),
         "lost": lost,
         "unexpected": wrong,
         "decided_twice": twice,
     }
-
-
-def _num_notes(run: RunPaths) -> int:
-    return len(_notes(run).read_text().splitlines()) if _notes(run).exists() else 0
 
 
 def _notes(run: RunPaths) -> Path:

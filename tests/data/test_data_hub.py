@@ -66,7 +66,7 @@ def parquet_bytes(rows):
         ("train.json", json.dumps(RETYPED)),
         ("train.csv", CSV),
         ("train.tsv", CSV.replace(",", "\t")),
-        ("train.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
+        ("train.jsonl.gz", gzip.compress(LINES.encode())),
         ("data/train-00000-of-00001.parquet", parquet_bytes(RETYPED)),
     ],
 )

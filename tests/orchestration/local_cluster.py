@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import ray
 
 from orchestration.local_ray import end_alone, tell_api_server
@@ -12,15 +13,14 @@ from orchestration.local_ray import end_alone, tell_api_server
 def local_cluster() -> Iterator[None]:
     """Two CPUs, with a state API as a sweep's own Ray has it: where Train's controller is killed, it is
     PlacementGroupCleaner that frees its workers' CPUs, and it asks there."""
-    ray.init(
-        address="local",
-        num_cpus=2,
-        log_to_driver=False,
-        logging_level="error",
-        **tell_api_server(),
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        end_alone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        patch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        options = {"log_to_driver": False, "logging_level": "error", **tell_api_server()}
+        ray.init(address="local", num_cpus=2, **options)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+            end_alone()
