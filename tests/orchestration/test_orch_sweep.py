@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -141,8 +139,8 @@ def close(found: dict[str, list], expected: dict[str, list], within: float) -> b
 
 @pytest.mark.slow
 def test_sweep_on_two_workers_ends_in_the_numbers_of_one_whole_or_sharded(tmp_path):
-    config = {"lora_rank": [4, 8], "learning_rate": [1e-3, 3e-3], "examples": 64, "pack_size": 4}
-    config |= {"scheduler": "fifo", "dtype": "fp32"}
+    config = {"lora_rank": [4, 8], "learning_rate": 3e-3, "examples": 64, "pack_size": 2}
+    config |= {"scheduler": "fifo", "dtype": "fp32", "eval": 0.02}
     found = {}
     for strategy, count in (("single", 1), ("ddp", 2), ("zero3", 2)):
         run, done = sweep(
@@ -150,10 +148,10 @@ def test_sweep_on_two_workers_ends_in_the_numbers_of_one_whole_or_sharded(tmp_pa
         )
         assert done.returncode == 0, told(done)
         found[strategy] = losses(run)
-        assert [len(each) for each in found[strategy].values()] == [5] * 4
+        assert [len(each) for each in found[strategy].values()] == [5] * 2
         packs = json.loads((run / "packs.json").read_text())
         assert packs["strategy"] == strategy
-        assert packs["num_groups"] * packs["places"] == 4
+        assert packs["num_groups"] * packs["places"] == 2
     assert close(found["ddp"], found["single"], 1e-5)
     assert close(found["zero3"], found["single"], 1e-4)
     best = best_trial(read_trials(RunPaths(run)))
@@ -166,7 +164,7 @@ def test_sweep_on_two_workers_ends_in_the_numbers_of_one_whole_or_sharded(tmp_pa
 
 @pytest.mark.slow
 def test_sweep_of_nf4_chooses_the_same_best_packed_and_solo(tmp_path):
-    config = {"lora_rank": [4, 16], "learning_rate": [1e-4, 1e-2], "examples": 96}
+    config = {"lora_rank": [4, 16], "learning_rate": 1e-2, "examples": 96, "eval": 0.02}
     found, best = {}, {}
     for engine in ("solo", "packed"):
         run, done = sweep(
@@ -194,40 +192,11 @@ def test_sweep_of_real_files_runs_through(tmp_path, name):
     if not (SHARED / name).exists():
         pytest.skip(f"needs ../shared/data/{name}")
     run, done = sweep(
-        tmp_path, data=str(SHARED / name), learning_rate=3e-3, lora_rank=16, examples=32
+        tmp_path, data=str(SHARED / name), learning_rate=3e-3, lora_rank=16, examples=32, eval=0.01
     )
     assert done.returncode == 0, told(done)
     (status,) = statuses(run).values()
     assert (status["status"], status["examples"]) == ("finished", 32)
-
-
-@pytest.mark.slow
-def test_sweep_worker_killed_goes_on_and_ends_in_the_same_numbers(tmp_path):
-    config = {"lora_rank": 4, "learning_rate": 3e-3, "examples": 160, "eval_every": 32}
-    run, done = sweep(tmp_path, name="whole", **config)
-    assert done.returncode == 0, told(done)
-    expected = [row["eval_loss"] for row in rows(next((run / "trials").iterdir()))]
-    killer = subprocess.Popen([sys.executable, "-c", KILLER, str(tmp_path)])
-    run, done = sweep(tmp_path, **config)  # of one folder: with the same size of a forward
-    assert killer.wait(timeout=60) == 0, "no worker was killed"
-    assert done.returncode == 0, told(done)
-    assert [row["eval_loss"] for row in rows(next((run / "trials").iterdir()))] == expected
-
-
-# Waits for the first checkpoint of a trial, then kills a Train worker.
-KILLER = """
-import os, signal, sys, time, psutil
-from pathlib import Path
-folder, deadline = Path(sys.argv[1]), time.time() + 300
-while time.time() < deadline:
-    if list(folder.glob("runs/run/trials/*/checkpoint/trainer_state.json")):
-        for process in psutil.process_iter(["pid", "cmdline"]):
-            if " ".join(process.info["cmdline"] or []).startswith("ray::RayTrainWorker"):
-                os.kill(process.info["pid"], signal.SIGKILL)
-                sys.exit(0)
-    time.sleep(0.2)
-sys.exit(1)
-"""
 
 
 @pytest.mark.slow
@@ -238,6 +207,7 @@ def test_sweep_stopped_trials_leave_nothing_behind_and_keep_their_scores(tmp_pat
         learning_rate=[1e-6, 1e-2, 1e-6 * 2, 4e-6],
         examples=160,
         eval_every=32,
+        eval=0.02,
         reduction_factor=2,
     )
     assert done.returncode == 0, told(done)
