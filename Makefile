@@ -23,9 +23,11 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(PYTEST) -m 'not slow and not faults and not gpu'
 
-# What is in none of the others: each a Ray, a sweep or a cluster.
+# What is in none of the others: each a Ray, a sweep or a cluster. To collect all files takes half a minute.
+SLOW := grep -rlE 'pytest\.mark\.(slow|faults)' tests --include='test_*.py'
+
 test-slow: $(STAMP)
-	@$(PYTEST) -m '(slow or faults) and not gpu'
+	@$(PYTEST) -m '(slow or faults) and not gpu' $$($(SLOW))
 
 test-faults: $(STAMP)
 	@$(PYTEST) -m faults

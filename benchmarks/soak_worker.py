@@ -38,13 +38,10 @@ def loss_of(name: str, index: int) -> float:
 
 def serve(config: dict[str, Any]) -> None:
     """A Train function in the place of trainers.worker.serve_worker."""
-    from ray.train import get_context
-
+    from orchestration.broker_link import link_of
     from trainers.run_lock import hold_run
-    from trainers.worker import BrokerLink
 
-    groups, rank = config["groups"], get_context().get_world_rank()
-    link = BrokerLink(config["broker"], groups[rank if len(groups) > 1 else 0])
+    link = link_of(config)
     link.here()
     if not link.begin():
         return

@@ -53,7 +53,7 @@ class Pool:
         one_run: all groups are one Ray Train run, each of one worker. A run costs about 18 CPU-seconds of
             Ray's own processes, which count on a laptop; but the death of one worker restarts all
             workers of its run, which counts on a cluster.
-        serve: the Train function of a group; default: trainers.worker.serve_worker.
+        serve: the Train function of a group; default: trainers.worker.serve_worker with its link to the broker.
     """
 
     def __init__(
@@ -305,9 +305,10 @@ def _kill(pid: int) -> None:
 
 
 def _serve(config: dict[str, Any]) -> None:
+    from orchestration.broker_link import link_of
     from trainers.worker import serve_worker  # torch is imported in the worker alone
 
-    serve_worker(config)
+    serve_worker(config, link_of(config, preemptible=config["preemptible"]))
 
 
 def _reasons(groups: dict[str, dict[str, Any]]) -> str:

@@ -1,6 +1,6 @@
 """Groups that have fallen silent: a collective that waits for ever, a stopped process, a dead device. Pure, no Ray.
 
-A group that works speaks to the broker at least every POLL_WAIT_S (trainers/worker.py) and once after each forward
+A group that works speaks to the broker at least every POLL_WAIT_S (broker_link.py) and once after each forward
 or evaluation. One that does not is ended, all its workers at once, so that Ray Train starts it again; its
 trials go on from their last checkpoints, and the one that causes it is found as one that kills its worker.
 """

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 
 LEAVE_MARGIN_S = 5.0
-"""Left at the deadline when all is saved and given back: two looks (worker.LOOK_S) and a slow disk."""
+"""Left at the deadline when all is saved and given back: two looks (broker_link.LOOK_S) and a slow disk."""
 
 
 class Notice:

@@ -2,11 +2,15 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
+
+from tests.orchestration.sweeps import FUNCTIONS, WHOLE, sweep, told
 
 ROOT = Path(__file__).resolve().parents[2]
 # A Ray without a dashboard asks that of another on this machine, which may be of tests that run beside these, and
@@ -18,6 +22,28 @@ os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
 def base() -> Path:
     """The base that Tenfold ships."""
     return ROOT / "trainers" / "assets" / "tiny-llama"
+
+
+@pytest.fixture(scope="session")
+def whole_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the sweep `whole` of sweeps.WHOLE ran to its end, once for all processes of pytest-xdist. It is
+    not to be written to; `whole_folder` gives a copy."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "whole"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "runs" / "whole" / "report.html").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process whose sweep failed
+            folder.mkdir()
+            shutil.copyfile(FUNCTIONS, folder / "functions.jsonl")
+            _, done = sweep(folder, name="whole", **WHOLE)
+            assert done.returncode == 0, told(done)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_folder(whole_sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of whole_sweep, with its cache, for runs that must end in the same numbers."""
+    return shutil.copytree(whole_sweep, tmp_path_factory.mktemp("whole") / "folder")
 
 
 @pytest.fixture

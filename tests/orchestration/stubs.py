@@ -24,15 +24,11 @@ REPORT_HELD_VARIABLE = "TENFOLD_STUB_REPORT_HELD"
 
 def serve(config: dict[str, Any]) -> None:
     """A group's workers: the first tells each row that is asked for, the others follow its commands."""
-    from ray.train import get_context
-
+    from orchestration.broker_link import link_of
     from trainers.comm import Comm
     from trainers.run_lock import hold_run
-    from trainers.worker import BrokerLink
 
-    groups, rank = config["groups"], get_context().get_world_rank()
-    comm = Comm(alone=len(groups) > 1)
-    link = BrokerLink(config["broker"], groups[rank if len(groups) > 1 else 0])
+    comm, link = Comm(alone=len(config["groups"]) > 1), link_of(config)
     link.here()
     if not comm.share(link.begin() if comm.world_rank == 0 else None):
         return

@@ -33,6 +33,9 @@ LONE = SHORT | {"pack_size": 1}
 """One adapter a group: the composition of a pack is then the same whenever a trial enters, and the numbers of a
 disturbed run must be equal, not near."""
 
+WHOLE = LONE | {"data": "functions.jsonl", "cpus_per_worker": 2}
+"""What the fixture `whole_sweep` ran undisturbed. One group, whose start is what costs."""
+
 
 def start(
     folder: Path,

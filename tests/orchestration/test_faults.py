@@ -1,6 +1,5 @@
 """What kills, starves or damages a real sweep, and that it ends in the numbers of an undisturbed one."""
 
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,13 @@ import yaml
 
 from tests.orchestration.sweeps import (
     FUNCTIONS,
-    LONE,
     ROOT,
+    WHOLE,
     ended,
     losses,
     resume,
     start,
     statuses,
-    sweep,
     told,
     wait_until,
     write_config,
@@ -29,18 +27,7 @@ from trainers.paths import read_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.faults]
 INJECTED = Path(__file__).with_name("injected")
-RATES = LONE["learning_rate"]
-CONFIG = LONE | {"data": "functions.jsonl", "cpus_per_worker": 2}  # one group, whose start costs
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the sweep `whole` ran to its end, and others may run beside it."""
-    folder = tmp_path_factory.mktemp("faults")
-    shutil.copyfile(FUNCTIONS, folder / "functions.jsonl")
-    _, done = sweep(folder, name="whole", **CONFIG)
-    assert done.returncode == 0, told(done)
-    return folder
+RATES = WHOLE["learning_rate"]
 
 
 def ended_with(folder: Path, fault: str) -> subprocess.CompletedProcess[str]:
@@ -62,8 +49,11 @@ def rate_of(run: Path, name: str) -> float:
     return read_state(run / "trials" / name / "config.json")["candidate"]["learning_rate"]
 
 
-def test_sweep_whose_worker_is_killed_at_some_steps_ends_in_undisturbed_numbers(folder):
-    run, numbers = write_config(folder, name="killed", **CONFIG), (1, 17)
+def test_sweep_whose_worker_is_killed_at_some_steps_ends_in_undisturbed_numbers(
+    whole_folder,
+):
+    folder = whole_folder
+    run, numbers = write_config(folder, name="killed", **WHOLE), (1, 17)
     done = ended_with(folder, f"kill-once {folder / 'mark'} {' '.join(map(str, numbers))}")
     assert done.returncode == 0, told(done)
     assert all((folder / f"mark-{number}").exists() for number in numbers)
@@ -88,11 +78,18 @@ def has_ended_begun_and_previous(run: Path) -> bool:
     return run.exists() and one_ended_one_begun(run) and bool(with_previous(run))
 
 
-def test_sweep_killed_at_three_moments_and_damaged_ends_in_undisturbed_numbers(folder):
-    run, command = write_config(folder, name="driver", **CONFIG), ("sweep", "sweep.yaml")
+def test_sweep_killed_at_three_moments_and_damaged_ends_in_undisturbed_numbers(
+    whole_folder,
+):
+    folder = whole_folder
+    run, command = write_config(folder, name="driver", **WHOLE), ("sweep", "sweep.yaml")
     for moment in (has_no_checkpoint, is_writing, has_ended_begun_and_previous):
         driver = start(folder, *command)
         wait_until(lambda moment=moment: moment(run), driver)
+        if moment is has_ended_begun_and_previous:
+            refused = resume(folder, run.name)
+            assert refused.returncode == 2, told(refused)
+            assert "being driven by another process" in refused.stderr
         assert_gone(kill(driver))
         command = ("resume", "runs/driver")
     over = sorted(statuses(run))
@@ -110,6 +107,7 @@ def test_sweep_killed_at_three_moments_and_damaged_ends_in_undisturbed_numbers(f
     assert_as_whole(folder, run)
     assert not list(run.rglob("*.tmp"))
     assert "Damaged files" in (run / "report.html").read_text()
+    _refuses_other_data(folder, run)
     flipped(run / "plan.json")
     refused = resume(folder, run.name)
     assert refused.returncode == 2
@@ -117,8 +115,27 @@ def test_sweep_killed_at_three_moments_and_damaged_ends_in_undisturbed_numbers(f
     assert "plan.json: must end in the checksum of what it holds" in line
 
 
-def test_sweep_without_memory_halves_its_forwards_and_fails_alone_what_never_fits(folder):
-    run = write_config(folder, name="no-room", **CONFIG | {"pack_size": 3})
+def _refuses_other_data(folder: Path, run: Path) -> None:
+    """A run that has ended stays as it is, with its data and with others."""
+    again = resume(folder, run.name)
+    assert again.returncode == 0, told(again)
+    assert_as_whole(folder, run)
+    data = folder / "functions.jsonl"
+    before = data.read_bytes()
+    with data.open("a") as file:
+        file.write('{"prompt": "def f():", "completion": " return 1"}\n')
+    edited = resume(folder, run.name)
+    data.write_bytes(before)
+    assert edited.returncode == 2, told(edited)
+    assert "must plan the same" in edited.stderr
+    assert_as_whole(folder, run)
+
+
+def test_sweep_without_memory_halves_its_forwards_and_fails_alone_what_never_fits(
+    whole_folder,
+):
+    folder = whole_folder
+    run = write_config(folder, name="no-room", **WHOLE | {"pack_size": 3})
     done = ended_with(folder, f"no-room 512; no-room-for {RATES[1]}")
     assert done.returncode == 0, told(done)
     ends = {rate_of(run, name): status for name, status in statuses(run).items()}
@@ -132,9 +149,11 @@ def test_sweep_without_memory_halves_its_forwards_and_fails_alone_what_never_fit
 
 def test_sweep_with_an_adapter_that_kills_its_worker_finds_it_and_ends_the_others(tmp_path):
     rates = [1e-3, 2e-3, 3e-3, 5e-3]
-    config: dict[str, Any] = CONFIG | {
+    config: dict[str, Any] = WHOLE | {
         "learning_rate": rates,
         "pack_size": 4,
+        "examples": 64,
+        "eval_every": 16,
         "data": str(FUNCTIONS),
     }
     run = write_config(tmp_path, **config)

@@ -6,16 +6,13 @@ import pytest
 import ray
 
 from orchestration.group_watch import ANSWER_S, SETTLE_S, require_alive
+from tests.orchestration.local_cluster import bare_ray
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    with pytest.MonkeyPatch.context() as patch:
-        # Else ray.init puts "token" there, and processes that later tests start under another HOME find none.
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    with bare_ray():
         yield
-        ray.shutdown()
 
 
 class Owner:

@@ -387,9 +387,9 @@ def test_sweep_on_an_object_store_needs_no_folder_that_nodes_share(
 
 def serve_nothing(config: dict[str, Any]) -> None:
     """A group's worker that is told to stop and does."""
-    from trainers.worker import BrokerLink
+    from orchestration.broker_link import link_of
 
-    link = BrokerLink(config["broker"], config["groups"][0])
+    link = link_of(config)
     assert link.begin()
     link.hello({"max_tokens": 1})
     while not any(command["kind"] == "stop" for command in link.commands(idle=True)):

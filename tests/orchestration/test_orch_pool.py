@@ -47,12 +47,9 @@ def local_ray() -> Iterator[None]:
 
 def serve_constant(config: dict[str, Any]) -> None:
     """A group's worker: tells each row that is asked for, with the loss that the trial's dict names."""
-    from ray.train import get_context
+    from orchestration.broker_link import link_of
 
-    from trainers.worker import BrokerLink
-
-    groups, rank = config["groups"], get_context().get_world_rank()
-    link = BrokerLink(config["broker"], groups[rank if len(groups) > 1 else 0])
+    link = link_of(config)
     link.here()
     if not link.begin():
         return
@@ -107,9 +104,9 @@ def _tell_rows(link: Any, trial: dict[str, Any], told: dict[str, int], index: in
 
 def serve_dying(config: dict[str, Any]) -> None:
     """A group whose workers die while they load."""
-    from trainers.worker import BrokerLink
+    from orchestration.broker_link import link_of
 
-    if BrokerLink(config["broker"], config["groups"][0]).begin():
+    if link_of(config).begin():
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -324,9 +321,9 @@ def serve_that_loads_for_ever(config: dict[str, Any]) -> None:
     if config["groups"][0] == "group-0":
         serve_constant(config)
         return
-    from trainers.worker import BrokerLink
+    from orchestration.broker_link import link_of
 
-    link = BrokerLink(config["broker"], config["groups"][0])
+    link = link_of(config)
     link.here()
     while link.begin():
         time.sleep(10_000)
@@ -347,10 +344,10 @@ def serve_together(config: dict[str, Any]) -> None:
     import torch.distributed as dist
     from ray.train import get_context
 
-    from trainers.worker import BrokerLink
+    from orchestration.broker_link import link_of
 
     rank = get_context().get_world_rank()
-    link = BrokerLink(config["broker"], config["groups"][0])
+    link = link_of(config)
     link.here()
     if rank == 0:
         link.begin()
@@ -445,9 +442,9 @@ def test_pool_workers_that_die_while_they_load_are_given_up(run):
 @pytest.mark.slow
 def test_pool_that_loses_its_last_group_ends_the_sweep_and_no_trial_has_failed(run):
     def serve(config: dict[str, Any]) -> None:
-        from trainers.worker import BrokerLink
+        from orchestration.broker_link import link_of
 
-        link = BrokerLink(config["broker"], config["groups"][0])
+        link = link_of(config)
         link.begin()
         link.hello({"max_tokens": 512})
         while not link.commands(idle=True):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.orchestration.sweeps import (
     FUNCTIONS,
-    LONE,
+    WHOLE,
     ended,
     losses,
     processes_of,
@@ -22,26 +22,14 @@ from tests.orchestration.sweeps import (
     rows,
     start,
     statuses,
-    sweep,
     told,
     wait_until,
     write_config,
 )
+from tests.orchestration.watched import STUBS
 from trainers.object_store import ObjectStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-CONFIG = LONE | {"data": "functions.jsonl"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the sweep `whole` ran to its end, and others may run beside it."""
-    folder = tmp_path_factory.mktemp("resume")
-    shutil.copyfile(FUNCTIONS, folder / "functions.jsonl")
-    _, done = sweep(folder, name="whole", **CONFIG)
-    assert done.returncode == 0, told(done)
-    return folder
 
 
 def one_ended_one_begun(run: Path) -> bool:
@@ -76,39 +64,6 @@ def assert_gone(processes: list[psutil.Process]) -> None:
     assert not alive, alive
 
 
-def test_resume_after_a_killed_driver_ends_in_the_numbers_of_a_whole_sweep(folder):
-    whole, run = folder / "runs" / "whole", write_config(folder, **CONFIG)
-    driver = start(folder, "sweep", "sweep.yaml")
-    wait_until(lambda: run.exists() and one_ended_one_begun(run), driver)
-    refused = resume(folder)
-    assert refused.returncode == 2, told(refused)
-    assert "being driven by another process" in refused.stderr
-    left = kill(driver)
-    first = {name: (run / "trials" / name / "metrics.jsonl").stat() for name in statuses(run)}
-    assert first
-    assert len(first) < 3
-    done = resume(folder)
-    assert done.returncode == 0, told(done)
-    assert_gone(left)
-    assert {status["status"] for status in statuses(run).values()} == {"finished"}
-    assert losses(run) == losses(whole)
-    assert rungs(run) == rungs(whole)
-    for name, before in first.items():  # what had ended was not trained again
-        after = (run / "trials" / name / "metrics.jsonl").stat()
-        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    again = resume(folder)
-    assert again.returncode == 0, told(again)
-    assert losses(run) == losses(whole)
-    data = folder / "functions.jsonl"
-    with data.open("a") as file:
-        file.write('{"prompt": "def f():", "completion": " return 1"}\n')
-    edited = resume(folder)
-    assert edited.returncode == 2, told(edited)
-    shutil.copyfile(FUNCTIONS, data)
-    assert "must plan the same" in edited.stderr
-    assert losses(run) == losses(whole)
-
-
 def fetched(url: str, folder: Path) -> Path:
     """A run's copy, as anybody would take it from the store."""
     import fsspec
@@ -118,10 +73,11 @@ def fetched(url: str, folder: Path) -> Path:
 
 
 def test_resume_on_an_object_store_by_another_machine_ends_in_the_numbers_of_a_whole_sweep(
-    folder, bucket, tmp_path
+    whole_folder, bucket, tmp_path
 ):
+    folder = whole_folder
     whole, url = folder / "runs" / "whole", f"{bucket.url}/runs/far"
-    write_config(folder, name="far", storage=f"{bucket.url}/runs", **CONFIG)
+    write_config(folder, name="far", storage=f"{bucket.url}/runs", **WHOLE)
     store = ObjectStore(url)
 
     def is_half_way() -> bool:
@@ -137,14 +93,13 @@ def test_resume_on_an_object_store_by_another_machine_ends_in_the_numbers_of_a_w
     assert refused.returncode == 2, told(refused)
     assert f"{url}: this run is being driven by another process" in refused.stderr
     wait_until(is_half_way, driver)
-    left = kill(driver)
+    assert_gone(kill(driver))  # what still lives for a moment writes on
     before = {k: v for k, v in store.listing("trials").items() if k.endswith("status.json")}
     assert 0 < len(before) < 3
     # Another machine has measured its forwards too; here they must be of one size.
     shutil.copytree(folder / "cache" / "speed", folder / "elsewhere" / "speed")
     done = ended(start(folder, "sweep", "sweep.yaml", "--resume", cache="elsewhere"))
     assert done.returncode == 0, told(done)
-    assert_gone(left)
     assert f"report: {url}/report.html" in done.stdout
     run, after = fetched(url, tmp_path / "far"), store.listing()
     assert {status["status"] for status in statuses(run).values()} == {"finished"}
@@ -157,7 +112,7 @@ def test_resume_on_an_object_store_by_another_machine_ends_in_the_numbers_of_a_w
     assert [name for name in after if "/." in f"/{name}"] == []
     assert list((folder / "elsewhere" / "work").iterdir()) == []
     assert (folder / "elsewhere" / "sets").is_dir()
-    write_config(folder, name="far", storage=f"{bucket.url}/runs", **CONFIG | {"examples": 161})
+    write_config(folder, name="far", storage=f"{bucket.url}/runs", **WHOLE | {"examples": 161})
     edited = ended(start(folder, "sweep", "sweep.yaml", "--resume"))
     assert edited.returncode == 2, told(edited)
     assert "which differs now (-examples: 160; +examples: 161)" in edited.stderr
@@ -166,8 +121,9 @@ def test_resume_on_an_object_store_by_another_machine_ends_in_the_numbers_of_a_w
     assert report.stdout == f"{url}/report.html\n"
 
 
-def test_resume_of_solo_goes_on_from_checkpoints(folder):
-    config = CONFIG | {"engine": "solo", "learning_rate": [3e-3, 1e-2], "name": "solo"}
+def test_resume_of_solo_goes_on_from_checkpoints(whole_folder):
+    folder = whole_folder
+    config = WHOLE | {"engine": "solo", "learning_rate": [3e-3, 1e-2], "name": "solo"}
     del config["pack_size"]
     run = write_config(folder, **config)
     driver = start(folder, "sweep", "sweep.yaml")
@@ -183,27 +139,27 @@ def test_resume_of_solo_goes_on_from_checkpoints(folder):
     assert all(found[name][: len(before) - 1] == before[:-1] for name, before in kept.items())
     assert sorted(len(each) for each in found.values()) == [6, 6]
     for name, each in found.items():  # packed, and never cut off
-        assert each == [(at, pytest.approx(loss, abs=1e-6)) for at, loss in whole[name]]
+        assert each == [(at, pytest.approx(loss, abs=2e-5)) for at, loss in whole[name]]
 
 
 def test_resume_of_an_interrupted_optuna_sweep_keeps_its_number_of_trials(tmp_path):
-    config = CONFIG | {
+    config = WHOLE | {
         "scheduler": "asha",
         "search": "optuna",
         "num_candidates": 4,
         "learning_rate": {"low": 1e-4, "high": 1e-2, "num": 5},
     }
     shutil.copyfile(FUNCTIONS, tmp_path / "functions.jsonl")
-    run = write_config(tmp_path, **config)
-    driver = start(tmp_path, "sweep", "sweep.yaml")
-    wait_until(lambda: run.exists() and one_ended_one_begun(run), driver)
+    run, paced = write_config(tmp_path, **config), {"TENFOLD_STUB_PACE_S": "0.5"}
+    driver = start(tmp_path, "sweep", "sweep.yaml", module=STUBS, **paced)
+    wait_until(lambda: run.exists() and _one_ended_one_waits(run), driver)
     driver.send_signal(signal.SIGINT)
     cut = ended(driver)
     assert cut.returncode == 130, told(cut)
     assert re.search(r"interrupted: \d trials did not end; `tenfold resume .*` goes on", cut.stdout)
     assert not processes_of(tmp_path)
     assert len(statuses(run)) < 4
-    done = resume(tmp_path)
+    done = ended(start(tmp_path, "resume", "runs/run", module=STUBS))
     assert done.returncode == 0, told(done)
     found = statuses(run)
     assert len(found) == 4
@@ -212,6 +168,11 @@ def test_resume_of_an_interrupted_optuna_sweep_keeps_its_number_of_trials(tmp_pa
         examples = [row["examples"] for row in rows(run / "trials" / name)]
         assert examples == sorted(set(examples))
         assert examples[-1] == status["examples"]
+
+
+def _one_ended_one_waits(run: Path) -> bool:
+    done = statuses(run)
+    return bool(done) and len(list(run.glob("trials/*/metrics.jsonl"))) > len(done)
 
 
 def test_resume_refuses_a_folder_that_is_no_run(tmp_path):

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 from ray import tune
 from ray.tune.search import Searcher
 
@@ -14,6 +13,7 @@ from orchestration.rungs import RungLedger, stopped_trials
 from orchestration.schedulers import make_scheduler
 from orchestration.searchers import ListSearcher, OptunaSearcher
 from search_spaces.candidate import Candidate, grid_candidates, trial_name
+from tests.orchestration.local_cluster import bare_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 MAX_T = 9
@@ -21,9 +21,8 @@ MAX_T = 9
 
 @pytest.fixture(scope="module", autouse=True)
 def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with bare_ray():
+        yield
 
 
 def stub(config: dict) -> None:

@@ -359,27 +359,14 @@ def _writing_its_report(folder: Path) -> Watched:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.faults
-def test_run_that_sigterm_ends_again_and_again_goes_on_to_its_end(tmp_path):
+def test_c15_run_that_signals_end_again_and_again_goes_on_to_its_end(tmp_path):
     run, held = write_config(tmp_path, **LONG), tmp_path / "held"
     held.touch()
     watched = _driven(tmp_path, "sweep", "sweep.yaml", TENFOLD_STUB_HELD=str(held))
     watched.wait_for(lambda: list(tmp_path.glob("held.*")))  # its workers load
     watched.interrupted(signal.SIGTERM)
     assert statuses(run) == {}
-    watched = _in_a_rung(tmp_path, "resume", "runs/run")
-    done = watched.interrupted(signal.SIGTERM, group=True)  # as Slurm and systemd send it
-    assert "failed" not in {status["status"] for status in statuses(run).values()}, told(done)
-    done = _writing_its_report(tmp_path).interrupted(signal.SIGTERM)
-    assert_goes_on(tmp_path, done, LONG["examples"])
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.faults
-def test_c15_run_that_ctrl_c_ends_again_and_again_goes_on_to_its_end(tmp_path):
-    run = write_config(tmp_path, **LONG)
-    watched = _in_a_rung(tmp_path, "sweep", "sweep.yaml")
-    _interrupt_twice(watched)
+    _interrupt_twice(_in_a_rung(tmp_path, "resume", "runs/run"))
     before = _num_rows(run)
     # Field case C15: Ctrl-C to a stub trial with a DataLoader of 2 workers.
     watched = _in_a_rung(tmp_path, "resume", "runs/run", TENFOLD_STUB_LOADERS="2")
@@ -390,6 +377,9 @@ def test_c15_run_that_ctrl_c_ends_again_and_again_goes_on_to_its_end(tmp_path):
     assert one_line_with("`tenfold resume runs/run` goes on", done)
     assert (run / "report.html").is_file()  # of what there is
     assert _num_rows(run) >= before + 4
+    watched = _in_a_rung(tmp_path, "resume", "runs/run")
+    done = watched.interrupted(signal.SIGTERM, group=True)  # as Slurm and systemd send it
+    assert "failed" not in {status["status"] for status in statuses(run).values()}, told(done)
     done = _writing_its_report(tmp_path).interrupted(signal.SIGINT, group=True)
     assert_goes_on(tmp_path, done, LONG["examples"])
 
