@@ -19,6 +19,7 @@ def test_sweep_whose_trials_all_diverge_says_so_and_exits_with_1_also_when_resum
 ):
     config = {"lora_rank": 4, "learning_rate": [1e14, 1e15], "max_grad_norm": 0, "examples": 64}
     config |= {"quantization": "none", "dtype": "fp32", "scheduler": "asha", "engine": engine}
+    config |= {"cpus_per_worker": 2, "eval": 0.01}
     run, done = sweep(tmp_path, **config)
     assert done.returncode == 1, told(done)
     assert "no trial ended with a usable score" in done.stdout.splitlines()

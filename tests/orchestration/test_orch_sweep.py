@@ -31,6 +31,8 @@ from trainers.paths import RunPaths, read_state
 from trainers.sft_trainer import TrialSpec, train_trial
 
 SHARED = ROOT.parent / "shared" / "data"
+ONE_GROUP = {"cpus_per_worker": 2}
+"""Starting a second one takes longer than these sweeps train."""
 REFERENCE = FUNCTIONS.parent / "reference.jsonl"
 
 pytestmark = pytest.mark.ray
@@ -68,7 +70,7 @@ def test_sweep_of_a_mixture_of_experts_trains_them_and_exports(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(BASE / name, tmp_path / "base" / name)
     values = {"model": "base", "lora_rank": [4], "learning_rate": [3e-3, 1e-2], "examples": 64}
-    values |= {"seq_len": 128, "capacity_policy": "advisory", "scheduler": "fifo"}
+    values |= {"seq_len": 128, "capacity_policy": "advisory", "scheduler": "fifo", **ONE_GROUP}
     run, done = sweep(tmp_path, **values)
     assert done.returncode == 0, told(done)
     assert {end["status"] for end in statuses(run).values()} == {"finished"}
@@ -102,6 +104,7 @@ def test_sweep_prunes_trains_keeps_the_diverged_and_hands_back_the_best(tmp_path
         examples=96,
         scheduler="fifo",
         retention=str(REFERENCE),
+        **ONE_GROUP,
     )
     assert done.returncode == 0, told(done)
     ended = {name[:2] + name.split("-")[1]: status for name, status in statuses(run).items()}
@@ -175,6 +178,7 @@ def test_sweep_on_two_workers_ends_in_the_numbers_of_one_whole_or_sharded(tmp_pa
 @pytest.mark.slow
 def test_sweep_of_nf4_chooses_the_same_best_packed_and_solo(tmp_path):
     config = {"lora_rank": [4, 16], "learning_rate": 1e-2, "examples": 96, "eval": 0.02}
+    config |= ONE_GROUP
     found, best = {}, {}
     for engine in ("solo", "packed"):
         run, done = sweep(
@@ -220,6 +224,7 @@ def test_sweep_stopped_trials_leave_nothing_behind_and_keep_their_scores(tmp_pat
         quantization="none",
         dtype="fp32",
         reduction_factor=2,
+        **ONE_GROUP,
     )
     assert done.returncode == 0, told(done)
     found = statuses(run)

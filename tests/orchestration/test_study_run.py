@@ -34,15 +34,19 @@ def study(folder, *arguments: str):
 @pytest.mark.slow
 def test_study_killed_and_gone_on_with_is_complete_and_ran_nothing_twice(tmp_path):
     killed = tmp_path / "runs" / "killed"
-    process = study(tmp_path, "--preset", "smoke", "--name", "killed")
+    command = ("study.yaml", "--preset", "smoke", "--name", "killed")
+    one_group = "cpus_per_worker: 2\n"  # its start is what costs
+    (tmp_path / "study.yaml").write_text(one_group)
+    process = study(tmp_path, *command)
     wait_until(lambda: len(statuses(killed)) >= 2, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = {name: path.stat().st_mtime_ns for name, path in _status_files(killed).items()}
     rows_before = losses(killed)
-    done = ended(study(tmp_path, "--preset", "smoke", "--name", "killed"))
+    done = ended(study(tmp_path, *command))
     assert done.returncode == 0, told(done)
     _check_outputs(killed)
+    assert len(before) < len(statuses(killed))
     rows_after = losses(killed)
     assert all(rows_after[name] == rows_before[name] for name in before)
     after = _status_files(killed)
@@ -52,7 +56,7 @@ def test_study_killed_and_gone_on_with_is_complete_and_ran_nothing_twice(tmp_pat
 def _check_outputs(run) -> None:
     results = read_json(run / "results.json")
     assert results["status"] == "complete"
-    assert results["command"] == "tenfold study lr-ratio --preset smoke --name killed"
+    assert results["command"] == "tenfold study lr-ratio study.yaml --preset smoke --name killed"
     points = [point for arm in results["arms"] for point in arm["points"]]
     assert {point["trial"] for point in points} == set(statuses(run))
     for point in points:
