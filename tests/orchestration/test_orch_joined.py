@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from cluster.inventory import Inventory, TrialDemand
+from orchestration.local_ray import token_file
 from orchestration.preflight import Needs, checked_inventory
 from tests.conftest import s3_environment
 from tests.orchestration.sweeps import BASE, FUNCTIONS, ROOT, ended, start, statuses, told
@@ -335,11 +336,14 @@ def test_sweep_on_a_node_without_tenfold_trains_and_shares_its_data_on_the_stora
     storage = two_nodes.shared / "runs"
     write_sweep(tmp_path, storage=str(storage), num_candidates=1, examples=32, seq_len=128)
     env = {key: value for key, value in os.environ.items() if key != "TENFOLD_CACHE"}
+    token = {
+        "RAY_AUTH_TOKEN_PATH": str(token_file())
+    }  # needed where an earlier test had a Ray with one
     verb = ["sweep", "sweep.yaml", "--address", two_nodes.address]
     done = subprocess.run(
         [sys.executable, "-m", "orchestration.cli", *verb],
         cwd=tmp_path,
-        env=env | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path / "home")},
+        env=env | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path / "home")} | token,
         capture_output=True,
         text=True,
         check=False,

@@ -145,7 +145,7 @@ def close(found: dict[str, list], expected: dict[str, list], within: float) -> b
 def losses_alone(trial: Path, folder: Path) -> list[tuple[int, float]]:
     """What a trial of a sweep loses in one process, whole and without neighbours."""
     spec = TrialSpec.from_dict(read_state(trial / "config.json"))
-    base = replace(spec.base, strategy="single")
+    base = replace(spec.base, sharded=False)
     result = train_trial(replace(spec, folder=folder, base=base), lambda row: True)
     return [(row["examples"], row["eval_loss"]) for row in result.rows]
 
