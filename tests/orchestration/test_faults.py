@@ -2,13 +2,10 @@
 
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from tests.orchestration.sweeps import (
-    FUNCTIONS,
     ROOT,
     WHOLE,
     ended,
@@ -131,41 +128,22 @@ def _refuses_other_data(folder: Path, run: Path) -> None:
     assert_as_whole(folder, run)
 
 
-def test_sweep_without_memory_halves_its_forwards_and_fails_alone_what_never_fits(
-    whole_folder,
-):
-    folder = whole_folder
-    run = write_config(folder, name="no-room", **WHOLE | {"pack_size": 3})
-    done = ended_with(folder, f"no-room 512; no-room-for {RATES[1]}")
+KILLER = 5e-3
+
+
+def test_sweep_with_an_adapter_without_memory_and_one_that_kills_ends_the_others(whole_folder):
+    # Without memory: forwards are halved, and the adapter for which that is not enough fails alone.
+    run = write_config(
+        whole_folder, name="both", **WHOLE | {"pack_size": 4, "learning_rate": [*RATES, KILLER]}
+    )
+    done = ended_with(whole_folder, f"no-room 512; no-room-for {RATES[1]}; kill {KILLER} 3")
     assert done.returncode == 0, told(done)
     ends = {rate_of(run, name): status for name, status in statuses(run).items()}
     assert [ends[rate]["status"] for rate in RATES] == ["finished", "failed", "finished"]
     assert f"tried to allocate {1 << 50} bytes" in ends[RATES[1]]["reason"]
-    found, expected = losses(run), losses(folder / "runs" / "whole")
+    assert ends[KILLER]["status"] == "failed"
+    assert "at last with no other trial beside it" in ends[KILLER]["reason"]
+    found, expected = losses(run), losses(whole_folder / "runs" / "whole")
     for name in found:
-        if rate_of(run, name) != RATES[1]:  # by rounding alone: forwards of another size
+        if rate_of(run, name) in (RATES[0], RATES[2]):  # by rounding alone: in other forwards
             assert found[name] == [(n, pytest.approx(x, abs=1e-4)) for n, x in expected[name]]
-
-
-def test_sweep_with_an_adapter_that_kills_its_worker_finds_it_and_ends_the_others(tmp_path):
-    rates = [1e-3, 2e-3, 3e-3, 5e-3]
-    config: dict[str, Any] = WHOLE | {
-        "learning_rate": rates,
-        "pack_size": 4,
-        "examples": 64,
-        "eval_every": 16,
-        "data": str(FUNCTIONS),
-    }
-    run = write_config(tmp_path, **config)
-    values = yaml.safe_load((tmp_path / "sweep.yaml").read_text())
-    assert values["pack_size"] == 4
-    done = ended_with(tmp_path, f"kill {rates[2]} 3")
-    assert done.returncode == 0, told(done)
-    ends = {rate_of(run, name): status for name, status in statuses(run).items()}
-    assert [ends[rate]["status"] for rate in rates] == [
-        "finished",
-        "finished",
-        "failed",
-        "finished",
-    ]
-    assert "at last with no other trial beside it" in ends[rates[2]]["reason"]

@@ -123,7 +123,7 @@ def test_resume_on_an_object_store_by_another_machine_ends_in_the_numbers_of_a_w
 
 def test_resume_of_solo_goes_on_from_checkpoints(whole_folder):
     folder = whole_folder
-    config = WHOLE | {"engine": "solo", "learning_rate": [3e-3, 1e-2], "name": "solo"}
+    config = WHOLE | {"engine": "solo", "learning_rate": 3e-3, "name": "solo"}
     del config["pack_size"]
     run = write_config(folder, **config)
     driver = start(folder, "sweep", "sweep.yaml")
@@ -137,7 +137,7 @@ def test_resume_of_solo_goes_on_from_checkpoints(whole_folder):
     assert {status["status"] for status in statuses(run).values()} == {"finished"}
     found, whole = losses(run), losses(folder / "runs" / "whole")
     assert all(found[name][: len(before) - 1] == before[:-1] for name, before in kept.items())
-    assert sorted(len(each) for each in found.values()) == [6, 6]
+    assert [len(each) for each in found.values()] == [6]
     for name, each in found.items():  # packed, and never cut off
         assert each == [(at, pytest.approx(loss, abs=2e-5)) for at, loss in whole[name]]
 
