@@ -10,9 +10,8 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from tests.orchestration.sweeps import FUNCTIONS, WHOLE, sweep, told
+from tests.orchestration.sweeps import BASE, FUNCTIONS, WHOLE, sweep, told
 
-ROOT = Path(__file__).resolve().parents[2]
 # A Ray without a dashboard asks that of another on this machine, which may be of tests that run beside these, and
 # then takes its own processes for dead (orchestration/local_ray.py). Here it asks where nobody answers.
 os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
@@ -21,7 +20,7 @@ os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
 @pytest.fixture(scope="session")
 def base() -> Path:
     """The base that Tenfold ships."""
-    return ROOT / "trainers" / "assets" / "tiny-llama"
+    return BASE
 
 
 @pytest.fixture(scope="session")

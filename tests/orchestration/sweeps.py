@@ -29,12 +29,9 @@ SHORT: dict[str, Any] = {
     "scheduler": "fifo",
 }
 """Three trials of five evaluations, on nine rows: with the usual 48 they take longer than training."""
-LONE = SHORT | {"pack_size": 1}
-"""One adapter a group: the composition of a pack is then the same whenever a trial enters, and the numbers of a
-disturbed run must be equal, not near."""
-
-WHOLE = LONE | {"data": "functions.jsonl", "cpus_per_worker": 2}
-"""What the fixture `whole_sweep` ran undisturbed. One group, whose start is what costs."""
+WHOLE = SHORT | {"pack_size": 1, "data": "functions.jsonl", "cpus_per_worker": 2}
+"""What the fixture `whole_sweep` ran undisturbed. One adapter in a pack: its composition is then the same whenever a
+trial enters, and the numbers of a disturbed run must be equal, not near. One group, whose start is what costs."""
 
 
 def start(

@@ -126,8 +126,15 @@ def test_sweep_whose_disk_fills_ends_with_a_clear_line_and_resumes_to_the_same_n
     for checkpoint in run.glob("trials/*/checkpoint"):
         check_folder(checkpoint)
 
+    kept = {name: _written(run, name) for name in before}
     filler.unlink()
     done = ended(start(folder, "resume", str(run)))
     assert done.returncode == 0, told(done)
+    assert {name: _written(run, name) for name in before} == kept  # not trained again
     assert {status["status"] for status in statuses(run).values()} == {"finished"}
     assert losses(run) == losses(folder / "runs" / "whole")
+
+
+def _written(run: Path, name: str) -> tuple[int, int]:
+    found = (run / "trials" / name / "metrics.jsonl").stat()
+    return found.st_ino, found.st_mtime_ns

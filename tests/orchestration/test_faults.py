@@ -46,15 +46,14 @@ def rate_of(run: Path, name: str) -> float:
     return read_state(run / "trials" / name / "config.json")["candidate"]["learning_rate"]
 
 
-def test_sweep_whose_worker_is_killed_at_some_steps_ends_in_undisturbed_numbers(
-    whole_folder,
-):
-    folder = whole_folder
-    run, numbers = write_config(folder, name="killed", **WHOLE), (1, 17)
-    done = ended_with(folder, f"kill-once {folder / 'mark'} {' '.join(map(str, numbers))}")
+def test_sweep_whose_worker_is_killed_at_some_steps_ends_in_undisturbed_numbers(whole_folder):
+    run, numbers = write_config(whole_folder, name="killed", **WHOLE), (1, 17)
+    done = ended_with(
+        whole_folder, f"kill-once {whole_folder / 'mark'} {' '.join(map(str, numbers))}"
+    )
     assert done.returncode == 0, told(done)
-    assert all((folder / f"mark-{number}").exists() for number in numbers)
-    assert_as_whole(folder, run)
+    assert all((whole_folder / f"mark-{number}").exists() for number in numbers)
+    assert_as_whole(whole_folder, run)
 
 
 def is_writing(run: Path) -> bool:
@@ -75,16 +74,13 @@ def has_ended_begun_and_previous(run: Path) -> bool:
     return run.exists() and one_ended_one_begun(run) and bool(with_previous(run))
 
 
-def test_sweep_killed_at_three_moments_and_damaged_ends_in_undisturbed_numbers(
-    whole_folder,
-):
-    folder = whole_folder
-    run, command = write_config(folder, name="driver", **WHOLE), ("sweep", "sweep.yaml")
+def test_sweep_killed_at_three_moments_and_damaged_ends_in_undisturbed_numbers(whole_folder):
+    run, command = write_config(whole_folder, name="driver", **WHOLE), ("sweep", "sweep.yaml")
     for moment in (has_no_checkpoint, is_writing, has_ended_begun_and_previous):
-        driver = start(folder, *command)
+        driver = start(whole_folder, *command)
         wait_until(lambda moment=moment: moment(run), driver)
         if moment is has_ended_begun_and_previous:
-            refused = resume(folder, run.name)
+            refused = resume(whole_folder, run.name)
             assert refused.returncode == 2, told(refused)
             assert "being driven by another process" in refused.stderr
         assert_gone(kill(driver))
@@ -94,19 +90,19 @@ def test_sweep_killed_at_three_moments_and_damaged_ends_in_undisturbed_numbers(
     flipped(run / "trials" / over[0] / "status.json")
     flipped(run / "trials" / over[0] / "metrics.jsonl")
     flipped(run / "trials" / over[0] / "best" / "adapter_model.safetensors")
-    done = resume(folder, run.name)
+    done = resume(whole_folder, run.name)
     assert done.returncode == 0, told(done)
     text = " ".join(done.stdout.split())
     assert "adapter_model.safetensors: its SHA-256 is not the one that was written down" in text
     assert "the checkpoint before it is taken, of" in text, text
     assert "status.json: must end in the checksum of what it holds" in text
     assert "is damaged; the rows of the trial's checkpoint are taken" in text
-    assert_as_whole(folder, run)
+    assert_as_whole(whole_folder, run)
     assert not list(run.rglob("*.tmp"))
     assert "Damaged files" in (run / "report.html").read_text()
-    _refuses_other_data(folder, run)
+    _refuses_other_data(whole_folder, run)
     flipped(run / "plan.json")
-    refused = resume(folder, run.name)
+    refused = resume(whole_folder, run.name)
     assert refused.returncode == 2
     (line,) = refused.stderr.strip().splitlines()
     assert "plan.json: must end in the checksum of what it holds" in line

@@ -96,9 +96,8 @@ def test_sweep_that_loses_a_node_and_then_all_says_so_and_resumes_to_undisturbed
     sweep = start(whole_folder, "sweep", "sweep.yaml", "--address", cluster.address)
     wait_until(lambda: len(list(run.glob("trials/*/checkpoint"))) > 1, sweep)  # both are at work
     kill(cluster, next(iter(cluster.worker_nodes)))
-    wait_until(
-        lambda: len(statuses(run)) > 1, sweep
-    )  # the other node goes on with what that one had
+    # The other node goes on with what that one had.
+    wait_until(lambda: len(statuses(run)) > 1, sweep)
     for node in list(cluster.worker_nodes):
         kill(cluster, node)
     done = ended(sweep)

@@ -336,9 +336,8 @@ def test_sweep_on_a_node_without_tenfold_trains_and_shares_its_data_on_the_stora
     storage = two_nodes.shared / "runs"
     write_sweep(tmp_path, storage=str(storage), num_candidates=1, examples=32, seq_len=128)
     env = {key: value for key, value in os.environ.items() if key != "TENFOLD_CACHE"}
-    token = {
-        "RAY_AUTH_TOKEN_PATH": str(token_file())
-    }  # needed where an earlier test had a Ray with one
+    # Needed where an earlier test of this process had a Ray with a token.
+    token = {"RAY_AUTH_TOKEN_PATH": str(token_file())}
     verb = ["sweep", "sweep.yaml", "--address", two_nodes.address]
     done = subprocess.run(
         [sys.executable, "-m", "orchestration.cli", *verb],

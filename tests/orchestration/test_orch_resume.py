@@ -75,9 +75,8 @@ def fetched(url: str, folder: Path) -> Path:
 def test_resume_on_an_object_store_by_another_machine_ends_in_the_numbers_of_a_whole_sweep(
     whole_folder, bucket, tmp_path
 ):
-    folder = whole_folder
-    whole, url = folder / "runs" / "whole", f"{bucket.url}/runs/far"
-    write_config(folder, name="far", storage=f"{bucket.url}/runs", **WHOLE)
+    whole, url = whole_folder / "runs" / "whole", f"{bucket.url}/runs/far"
+    write_config(whole_folder, name="far", storage=f"{bucket.url}/runs", **WHOLE)
     store = ObjectStore(url)
 
     def is_half_way() -> bool:
@@ -86,10 +85,10 @@ def test_resume_on_an_object_store_by_another_machine_ends_in_the_numbers_of_a_w
         begun = {name.split("/")[1] for name in names if name.endswith("checkpoint/manifest.json")}
         return bool(done) and bool(begun - done)
 
-    driver = start(folder, "sweep", "sweep.yaml")
+    driver = start(whole_folder, "sweep", "sweep.yaml")
     # While the workers load: watching the lease takes longer than these trials do.
     wait_until(lambda: "plan.json" in store.listing(), driver)
-    refused = ended(start(folder, "resume", url))
+    refused = ended(start(whole_folder, "resume", url))
     assert refused.returncode == 2, told(refused)
     assert f"{url}: this run is being driven by another process" in refused.stderr
     wait_until(is_half_way, driver)
@@ -97,8 +96,8 @@ def test_resume_on_an_object_store_by_another_machine_ends_in_the_numbers_of_a_w
     before = {k: v for k, v in store.listing("trials").items() if k.endswith("status.json")}
     assert 0 < len(before) < 3
     # Another machine has measured its forwards too; here they must be of one size.
-    shutil.copytree(folder / "cache" / "speed", folder / "elsewhere" / "speed")
-    done = ended(start(folder, "sweep", "sweep.yaml", "--resume", cache="elsewhere"))
+    shutil.copytree(whole_folder / "cache" / "speed", whole_folder / "elsewhere" / "speed")
+    done = ended(start(whole_folder, "sweep", "sweep.yaml", "--resume", cache="elsewhere"))
     assert done.returncode == 0, told(done)
     assert f"report: {url}/report.html" in done.stdout
     run, after = fetched(url, tmp_path / "far"), store.listing()
@@ -110,36 +109,37 @@ def test_resume_on_an_object_store_by_another_machine_ends_in_the_numbers_of_a_w
     assert best.keys() == expected.keys()
     assert all(best[name].equal(expected[name]) for name in best)
     assert [name for name in after if "/." in f"/{name}"] == []
-    assert list((folder / "elsewhere" / "work").iterdir()) == []
-    assert (folder / "elsewhere" / "sets").is_dir()
-    write_config(folder, name="far", storage=f"{bucket.url}/runs", **WHOLE | {"examples": 161})
-    edited = ended(start(folder, "sweep", "sweep.yaml", "--resume"))
+    assert list((whole_folder / "elsewhere" / "work").iterdir()) == []
+    assert (whole_folder / "elsewhere" / "sets").is_dir()
+    write_config(
+        whole_folder, name="far", storage=f"{bucket.url}/runs", **WHOLE | {"examples": 161}
+    )
+    edited = ended(start(whole_folder, "sweep", "sweep.yaml", "--resume"))
     assert edited.returncode == 2, told(edited)
     assert "which differs now (-examples: 160; +examples: 161)" in edited.stderr
-    report = ended(start(folder, "report", url))
+    report = ended(start(whole_folder, "report", url))
     assert report.returncode == 0, told(report)
     assert report.stdout == f"{url}/report.html\n"
 
 
 def test_resume_of_solo_goes_on_from_checkpoints(whole_folder):
-    folder = whole_folder
     config = WHOLE | {"engine": "solo", "learning_rate": 3e-3, "name": "solo"}
     del config["pack_size"]
-    run = write_config(folder, **config)
-    driver = start(folder, "sweep", "sweep.yaml")
+    run = write_config(whole_folder, **config)
+    driver = start(whole_folder, "sweep", "sweep.yaml")
     begun = "trials/*/checkpoint/trainer_state.json"
     wait_until(lambda: list(run.glob(begun)), driver)
     left = kill(driver)
     kept = {name: found for name, found in losses(run).items() if found}
-    done = resume(folder, "solo")
+    done = resume(whole_folder, "solo")
     assert done.returncode == 0, told(done)
     assert_gone(left)
     assert {status["status"] for status in statuses(run).values()} == {"finished"}
-    found, whole = losses(run), losses(folder / "runs" / "whole")
+    found, whole = losses(run), losses(whole_folder / "runs" / "whole")
     assert all(found[name][: len(before) - 1] == before[:-1] for name, before in kept.items())
     assert [len(each) for each in found.values()] == [6]
     for name, each in found.items():  # packed, and never cut off
-        assert each == [(at, pytest.approx(loss, abs=2e-5)) for at, loss in whole[name]]
+        assert each == [(at, pytest.approx(loss, abs=1e-6)) for at, loss in whole[name]]
 
 
 def test_resume_of_an_interrupted_optuna_sweep_keeps_its_number_of_trials(tmp_path):

@@ -404,7 +404,7 @@ def _interrupt_twice(watched: Watched) -> None:
 @pytest.mark.faults
 def test_sigterm_to_a_study_tells_the_command_that_goes_on(tmp_path):
     points = "learning_rate: [1.0e-3, 3.0e-3]\nfull_learning_rate: [3.0e-4, 1.0e-3]\nseeds: 1\n"
-    (tmp_path / "study.yaml").write_text(points + "max_extensions: 1\ncpus_per_worker: 2\n")
+    (tmp_path / "study.yaml").write_text(points + "cpus_per_worker: 2\n")
     command = ("study", "lr-ratio", "study.yaml", "--preset", "smoke", "--name", "run")
     driver = start(tmp_path, *command, module=STUBS, TENFOLD_STUB_PACE_S="0.5")
     run, watched = tmp_path / "runs" / "run", Watched(driver)
