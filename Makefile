@@ -1,8 +1,9 @@
 # Needs python3 (3.11 or newer) and make; everything else is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# Files of tests go to a process for each core, and to four at most: some start a Ray of their own.
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+# Files of tests go to a process for each core, and to four at most: some start a Ray of their own. tests/conftest.py
+# puts them in order.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 STAMP := .venv/.installed
 
 .PHONY: demo test test-all test-slow test-faults lint install clean

@@ -364,7 +364,7 @@ def test_c15_run_that_signals_end_again_and_again_goes_on_to_its_end(tmp_path):
     held.touch()
     watched = _driven(tmp_path, "sweep", "sweep.yaml", TENFOLD_STUB_HELD=str(held))
     watched.wait_for(lambda: list(tmp_path.glob("held.*")))  # its workers load
-    watched.interrupted(signal.SIGTERM)
+    watched.interrupted(signal.SIGTERM, group=True)  # as Slurm and systemd send it
     assert statuses(run) == {}
     _interrupt_twice(_in_a_rung(tmp_path, "resume", "runs/run"))
     before = _num_rows(run)
@@ -377,8 +377,6 @@ def test_c15_run_that_signals_end_again_and_again_goes_on_to_its_end(tmp_path):
     assert one_line_with("`tenfold resume runs/run` goes on", done)
     assert (run / "report.html").is_file()  # of what there is
     assert _num_rows(run) >= before + 4
-    watched = _in_a_rung(tmp_path, "resume", "runs/run")
-    done = watched.interrupted(signal.SIGTERM, group=True)  # as Slurm and systemd send it
     assert "failed" not in {status["status"] for status in statuses(run).values()}, told(done)
     done = _writing_its_report(tmp_path).interrupted(signal.SIGINT, group=True)
     assert_goes_on(tmp_path, done, LONG["examples"])
@@ -397,24 +395,6 @@ def _interrupt_twice(watched: Watched) -> None:
     words = "ended at once, without cleaning up; `tenfold resume runs/run` goes on"
     assert done.stderr == f"tenfold: {words}\n"
     watched.assert_gone()
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.faults
-def test_sigterm_to_a_study_tells_the_command_that_goes_on(tmp_path):
-    points = "learning_rate: [1.0e-3, 3.0e-3]\nfull_learning_rate: [3.0e-4, 1.0e-3]\nseeds: 1\n"
-    (tmp_path / "study.yaml").write_text(points + "cpus_per_worker: 2\n")
-    command = ("study", "lr-ratio", "study.yaml", "--preset", "smoke", "--name", "run")
-    driver = start(tmp_path, *command, module=STUBS, TENFOLD_STUB_PACE_S="0.5")
-    run, watched = tmp_path / "runs" / "run", Watched(driver)
-    watched.wait_for(lambda: _num_rows(run) >= 4)
-    done = watched.interrupted(signal.SIGTERM)
-    assert one_line_with("the same command goes on with it", done), told(done)
-    ended_before = set(statuses(run))
-    after = ended(start(tmp_path, *command, module=STUBS))
-    assert after.returncode == 0, told(after)
-    assert ended_before < set(statuses(run))
 
 
 @pytest.mark.slow

@@ -22,35 +22,39 @@ from tests.orchestration.sweeps import (
     told,
     wait_until,
 )
+from tests.orchestration.watched import Watched, one_line_with
 from trainers.paths import read_json, write_state
 
 
-def study(folder, *arguments: str):
+def study(folder, *arguments: str, own_session: bool = False):
     folder.mkdir(parents=True, exist_ok=True)
-    return start(folder, "study", "lr-ratio", *arguments)
+    return start(folder, "study", "lr-ratio", *arguments, own_session=own_session)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_study_killed_and_gone_on_with_is_complete_and_ran_nothing_twice(tmp_path):
-    killed = tmp_path / "runs" / "killed"
+@pytest.mark.faults
+def test_study_killed_and_interrupted_ends_complete_and_ran_nothing_twice(tmp_path):
+    run = tmp_path / "runs" / "killed"
     command = ("study.yaml", "--preset", "smoke", "--name", "killed")
     one_group = "cpus_per_worker: 2\n"  # its start is what costs
     (tmp_path / "study.yaml").write_text(one_group)
     process = study(tmp_path, *command)
-    wait_until(lambda: len(statuses(killed)) >= 2, process)
+    wait_until(lambda: len(statuses(run)) >= 2, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    before = {name: path.stat().st_mtime_ns for name, path in _status_files(killed).items()}
-    rows_before = losses(killed)
+    killed = _ended_trials(run)
+    watched = Watched(study(tmp_path, *command, own_session=True))
+    watched.wait_for(lambda: len(statuses(run)) > len(killed))
+    done = watched.interrupted(signal.SIGTERM, group=True)  # as Slurm and systemd send it
+    assert one_line_with("the same command goes on with it", done), told(done)
+    interrupted = _ended_trials(run)
+    assert "failed" not in {status["status"] for status in statuses(run).values()}
     done = ended(study(tmp_path, *command))
     assert done.returncode == 0, told(done)
-    _check_outputs(killed)
-    assert len(before) < len(statuses(killed))
-    rows_after = losses(killed)
-    assert all(rows_after[name] == rows_before[name] for name in before)
-    after = _status_files(killed)
-    assert {name: after[name].stat().st_mtime_ns for name in before} == before  # nothing ran twice
+    _check_outputs(run)
+    assert len(killed) < len(interrupted) < len(statuses(run))
+    assert _ended_trials(run).items() >= interrupted.items() >= killed.items()
 
 
 def _check_outputs(run) -> None:
@@ -71,8 +75,11 @@ def _check_outputs(run) -> None:
     assert again.lora_rank == load_study("lr-ratio", "smoke", None).lora_rank
 
 
-def _status_files(run) -> dict:
-    return {path.parent.name: path for path in run.glob("trials/*/status.json")}
+def _ended_trials(run) -> dict[str, tuple[int, list]]:
+    """Trial that ended -> when, and its losses: what is trained again gets another time."""
+    times = {path.parent.name: path.stat().st_mtime_ns for path in run.glob("trials/*/status.json")}
+    found = losses(run)
+    return {name: (time, found[name]) for name, time in times.items()}
 
 
 def write_study(folder, **keys) -> None:
