@@ -11,10 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-# splitmix64's multipliers (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014),
-# as signed integers: torch's int64 arithmetic wraps around.
-_MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+from trainers.hashing import GOLDEN, mix
+
 _RESOLUTION = 1 << 24
 
 
@@ -37,15 +35,9 @@ class DropoutTokens:
         return DropoutTokens(self.keys_M[index], self.positions_M[index], self.rates_M[index])
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * multiplier
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
 def row_keys(rows: torch.Tensor, step: int) -> torch.Tensor:
     """Keys of a step's examples: rows int64 [B] of the training set -> int64 [B]."""
-    return _mix(_mix(rows * _GOLDEN + 1) + step)
+    return mix(mix(rows * GOLDEN + 1) + step)
 
 
 def row_tokens(keys_B: torch.Tensor, rates_B: torch.Tensor, num_positions: int) -> DropoutTokens:
@@ -64,8 +56,8 @@ def keep_mask(tokens: DropoutTokens, layer_keys_M: torch.Tensor, num_features: i
     Args:
         layer_keys_M: int64, of the adapted layer and the token's adapter.
     """
-    features_I = torch.arange(1, num_features + 1, device=tokens.keys_M.device) * _GOLDEN
-    token_M = _mix(_mix(tokens.keys_M ^ layer_keys_M) + tokens.positions_M * _GOLDEN)
-    hashed_MI = _mix(token_M[:, None] + features_I)
+    features_I = torch.arange(1, num_features + 1, device=tokens.keys_M.device) * GOLDEN
+    token_M = mix(mix(tokens.keys_M ^ layer_keys_M) + tokens.positions_M * GOLDEN)
+    hashed_MI = mix(token_M[:, None] + features_I)
     thresholds_M = (tokens.rates_M.double() * _RESOLUTION).round().long()
     return (hashed_MI & (_RESOLUTION - 1)) >= thresholds_M[:, None]
