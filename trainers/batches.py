@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from trainers.policy import PolicyTokens
+
 if TYPE_CHECKING:
     from trainers.data.sequence_packing import PackedSet
     from trainers.data.token_set import TokenizedSet
+    from trainers.episodes import Episodes
 
 LOSS_BLOCK = 64
 """Loss-bearing positions of a block where the segments have very different numbers of them."""
@@ -49,19 +52,22 @@ class Batch:
     mask: the model is causal and padding stands to the right, so a real token never sees it, and
     the loss never reads a padded position. loss: None where no position is counted. positions_BT:
     where rows hold several examples, each token's position within its own, from which the model
-    keeps them apart; else None.
+    keeps them apart; else None. policy: in reinforcement learning what the objective weighs the positions by.
     """
 
     rows_B: torch.Tensor
     ids_BT: torch.Tensor
     loss: LossBlocks | None
     positions_BT: torch.Tensor | None = None
+    policy: PolicyTokens | None = None
 
 
 class RowSource:
-    """A tokenized set, or its packed sequences, as micro-batches."""
+    """A tokenized set, its packed sequences, or episodes (episodes.py) as micro-batches."""
 
-    def __init__(self, rows: "TokenizedSet | PackedSet", pad_id: int, device: torch.device) -> None:
+    def __init__(
+        self, rows: "TokenizedSet | PackedSet | Episodes", pad_id: int, device: torch.device
+    ) -> None:
         self.rows, self.pad_id, self.device = rows, pad_id, device
         self.lengths = np.asarray(rows.lengths, dtype=np.int64)
         self.loss_tokens = np.asarray(rows.loss_token_counts, dtype=np.int64)

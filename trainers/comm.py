@@ -1,4 +1,4 @@
-"""What the workers of a trial exchange: sums of gradients and losses, nothing else."""
+"""What the workers of a trial exchange: sums of gradients and losses, and in reinforcement learning episodes."""
 
 import resource
 from collections.abc import Sequence
@@ -51,6 +51,14 @@ class Comm:
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every worker's value, by world rank, on all workers."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def peak_bytes(self, device: torch.device) -> int:
         """Peak bytes of this worker: of the GPU's allocator, or of the process on a CPU."""

@@ -8,6 +8,9 @@ composition/GROUP.jsonl, each line with its checksum (trainers/integrity.py):
     {"again": trial, "step": n}            its batch of that step is done again; the same of that step
     {"parts": [[trial, step, start, rows, done], ...]}     a forward: `rows` rows from `start` of the trial's batch of a
                                                            step; `done` rows it had been given before
+    {"episodes": [[trial, step, done, shapes], ...]}       in reinforcement learning: completions were sampled together
+                                                           for the trials' batches; `shapes` are [tokens, loss-bearing
+                                                           tokens] of each episode that is then trained on
 
 Pure: no torch.
 """
@@ -24,9 +27,18 @@ MOST_LINES = 50_000
 """Lines after which what no trial needs any more is left out."""
 
 
+Shapes = tuple[tuple[int, int], ...]
+"""(tokens, loss-bearing tokens) of episodes."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """Rows of one trial in a forward. is_void: the trial did them again later."""
+    """Rows of one trial in a forward.
+
+    Args:
+        is_void: the trial did them again later.
+        shapes: where the forward samples episodes: theirs; it has no rows then.
+    """
 
     name: str
     step: int
@@ -34,6 +46,7 @@ class Part:
     rows: int
     done: float
     is_void: bool = False
+    shapes: Shapes | None = None
 
 
 Forward = tuple[Part, ...]
@@ -47,11 +60,13 @@ class Script:
         forwards: in their order.
         trials: name -> dict, of every trial in them.
         done: name -> rows that a trial had been given in the end.
+        shapes: (name, step) -> of the episodes that a trial's batch is of.
     """
 
     forwards: tuple[Forward, ...]
     trials: dict[str, dict[str, Any]]
     done: dict[str, float]
+    shapes: dict[tuple[str, int], Shapes]
 
 
 class CompositionLog:
@@ -73,11 +88,15 @@ class CompositionLog:
         """A forward begins."""
         self._write({"parts": [[p.name, p.step, p.start, p.rows, p.done] for p in parts]})
 
+    def sampled(self, parts: Iterable[Part]) -> None:
+        """Episodes were sampled together."""
+        self._write({"episodes": [[p.name, p.step, p.done, p.shapes] for p in parts]})
+
     def script(self, steps: Mapping[str, int]) -> Script:
         """What trials that go on from these steps must do again; nothing where a line in between is lost."""
         rows, damaged = self._rows()
         if damaged:
-            return Script((), {}, {})
+            return Script((), {}, {}, {})
         forwards, trials = _read(rows)
         wanted = [
             forward
@@ -86,7 +105,8 @@ class CompositionLog:
         ]
         names = {part.name for forward in wanted for part in forward}
         done = {part.name: part.done + part.rows for forward in forwards for part in forward}
-        return Script(tuple(wanted), {name: trials[name] for name in names}, done)
+        shapes = {(p.name, p.step): p.shapes for f in forwards for p in f if p.shapes is not None}
+        return Script(tuple(wanted), {name: trials[name] for name in names}, done, shapes)
 
     def compact(self, steps: Mapping[str, int]) -> None:
         """Leaves out what stands before all that trials at these steps would need, once the file is long."""
@@ -134,6 +154,8 @@ def _read(rows: Iterable[dict[str, Any]]) -> tuple[list[Forward], dict[str, dict
     for row in rows:
         if "parts" in row:
             forwards.append(tuple(Part(*values) for values in row["parts"]))
+        elif "episodes" in row:
+            forwards.append(tuple(_sampled(*values) for values in row["episodes"]))
         elif "enter" in row:
             name = row["enter"]["name"]
             trials[name] = row["enter"]
@@ -143,15 +165,22 @@ def _read(rows: Iterable[dict[str, Any]]) -> tuple[list[Forward], dict[str, dict
     return forwards, trials
 
 
+def _sampled(name: str, step: int, done: float, shapes: list[list[int]]) -> Part:
+    return Part(name, step, 0, 0, done, shapes=tuple((size, loss) for size, loss in shapes))
+
+
 def _voided(forward: Forward, name: str, step: int | None) -> Forward:
+    """A forward with a trial's part in it marked; a batch that is done again keeps its episodes."""
     if all(part.name != name for part in forward):
         return forward
     return tuple(
-        replace(p, is_void=True) if p.name == name and step in (None, p.step) else p
+        replace(p, is_void=True)
+        if p.name == name and (step is None or (step == p.step and p.shapes is None))
+        else p
         for p in forward
     )
 
 
 def _is_needed(row: Mapping[str, Any], steps: Mapping[str, int]) -> bool:
-    parts = row.get("parts", ())
+    parts = row.get("parts") or row.get("episodes", ())
     return any(step >= steps.get(name, step + 1) for name, step, *_ in parts)

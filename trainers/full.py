@@ -1,5 +1,8 @@
 """Full fine-tuning: the same loop over a pack of one slot that holds every parameter of the model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from transformers import PreTrainedModel
 
@@ -56,6 +59,18 @@ class BaseWeights:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.copies = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @contextmanager
+    def in_place_of(self, model: PreTrainedModel) -> Iterator[None]:
+        """The model computes as the base did, within."""
+        trained = {name: p.data for name, p in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            parameter.data = self.copies[name]
+        try:
+            yield
+        finally:
+            for name, parameter in model.named_parameters():
+                parameter.data = trained[name]
 
     @torch.no_grad()
     def restore(self, model: PreTrainedModel) -> None:

@@ -159,8 +159,9 @@ def _check_file(path: Path, shapes: Shapes, slot: Slot, meaning: str) -> None:
 def _check_learnt(path: Path, run: Run) -> None:
     views = run.slot.parameters
     b_matrices = [view for name, view in views.items() if ".lora_B." in name]
-    if run.steps > 0 and not any(bool(view.any()) for view in b_matrices):
-        raise GateError(f"{path.name}: every lora_B is zero after {run.steps} steps")
+    steps = run.steps - run.idle_steps
+    if steps > 0 and not any(bool(view.any()) for view in b_matrices):
+        raise GateError(f"{path.name}: every lora_B is zero after {steps} steps")
     # The forward reads whole rows of the store: what is not in a view is not in the file either.
     held = sum(int(row.count_nonzero()) for row in run.slot.rows)
     saved = sum(int(view.count_nonzero()) for view in views.values())

@@ -47,8 +47,8 @@ class LossHead:
         scale_n: list[float],
         dropout: DropoutTokens | None = None,
     ) -> torch.Tensor:
-        """Summed nats of each segment, float64 [n]; adds the gradients of sum(nats x scale) to the
-        slots. slots: empty for full fine-tuning (one segment)."""
+        """Summed nats of each segment (of a policy's batch, its objective), float64 [n]; adds the gradients
+        of sum(nats x scale) to the slots. slots: empty for full fine-tuning (one segment)."""
         self.pack.activate(slots, dropout)
         hidden = self._hidden(batch)
         nats_n = torch.zeros(len(scale_n), dtype=torch.float64, device=hidden.device)
@@ -82,13 +82,13 @@ class LossHead:
             part = selected.detach()[chunk.where].requires_grad_()
             chosen = dropout.select(batch.loss.index_M[chunk.where]) if dropout else None
             self._activate(slots, chunk, chosen)
-            nats_b = self._block_nats(part, batch.loss.targets_M[chunk.where], chunk)
-            scales = torch.tensor([scale_n[k] for k in chunk.segments], dtype=nats_b.dtype)
-            (nats_b * scales.to(nats_b.device)).sum().backward()
+            losses_b = self._block_losses(part, batch, chunk)
+            scales = torch.tensor([scale_n[k] for k in chunk.segments], dtype=losses_b.dtype)
+            (losses_b * scales.to(losses_b.device)).sum().backward()
             assert part.grad is not None
             grad[chunk.where] = part.grad
             where = torch.tensor(chunk.segments, device=nats_n.device)
-            nats_n.index_add_(0, where, nats_b.detach().double())
+            nats_n.index_add_(0, where, losses_b.detach().double())
         return selected, grad
 
     @torch.no_grad()
@@ -105,7 +105,7 @@ class LossHead:
             for chunk in self._chunks(loss):
                 self._activate(slots, chunk, None)
                 part = flat[loss.index_M[chunk.where]]
-                total += self._block_nats(part, loss.targets_M[chunk.where], chunk).double().sum()
+                total += self._token_nats(part, batch, chunk).double().sum()
         return total
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
@@ -125,15 +125,25 @@ class LossHead:
             segments = loss.segment_of_block[first : first + blocks]
             yield Chunk(slice(first * size, (first + len(segments)) * size), segments)
 
-    def _block_nats(self, part: torch.Tensor, targets: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    def _block_losses(self, part: torch.Tensor, batch: Batch, chunk: Chunk) -> torch.Tensor:
+        """What is minimised, summed over each block: nats, or what the objective of a policy makes of them."""
+        losses = self._token_nats(part, batch, chunk)
+        if batch.policy is not None:
+            losses = batch.policy.losses(losses, chunk.where)
+        return losses.view(len(chunk.segments), -1).sum(1)
+
+    def _token_nats(self, part: torch.Tensor, batch: Batch, chunk: Chunk) -> torch.Tensor:
+        assert batch.loss is not None
         head = output_head(self.pack.model)
         logits = self.scaled(head(part.view(len(chunk.segments), -1, part.shape[-1])))
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
-        nats = F.cross_entropy(
+        if batch.policy is not None and batch.policy.temperature != 1:
+            logits = logits / batch.policy.temperature
+        targets = batch.loss.targets_M[chunk.where]
+        return F.cross_entropy(
             logits.flatten(0, 1), targets, reduction="none", ignore_index=IGNORED
         )
-        return nats.view(len(chunk.segments), -1).sum(1)
 
 
 def head_weights(pack: Pack) -> AbstractContextManager[None]:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from trainers.adapters import Pack
 from trainers.batches import Batch, RowSource, Share
 from trainers.comm import Comm
 from trainers.composer import ForwardLimits, next_forward
+from trainers.composition import Shapes
 from trainers.dropout import DropoutTokens, row_keys, row_tokens
 from trainers.evaluator import Evaluator
 from trainers.head import LossHead
@@ -29,6 +31,7 @@ from trainers.out_of_memory import (
     shared,
     shortage_in,
 )
+from trainers.rewards import RewardError
 from trainers.runs import Run, scheduled_lr
 
 
@@ -44,14 +47,20 @@ class Evaluation:
     steps: int
     tokens: int
     loss_tokens: int
-    train_loss: float | None
     eval_loss: float
-    eval_bits_per_byte: float
     lr: float
     grad_norm: float
     seconds: float
     peak_bytes: int
     retention_loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossEvaluation(Evaluation):
+    """Of supervised fine-tuning. train_loss: nats/token since the last evaluation, None at the first."""
+
+    train_loss: float | None
+    eval_bits_per_byte: float
 
 
 OnEvaluation = Callable[[Run, Evaluation], bool]
@@ -63,6 +72,9 @@ class Watch:
 
     def forward(self, parts: Sequence[tuple[Run, np.ndarray]]) -> None:
         """A forward of these rows, which were just taken, begins."""
+
+    def sampled(self, parts: Sequence[tuple[Run, Shapes]]) -> None:
+        """Episodes of these shapes were sampled together, for the next batch of each run."""
 
     def again(self, run: Run) -> None:
         """A run's batch is done again."""
@@ -87,7 +99,7 @@ class Trainer:
         self.head = LossHead(pack)
         self.evaluator = Evaluator(pack, self.head, self.comm)
         self.watch = Watch()
-        self._base_loss: tuple[float, float, float | None] | None = None
+        self._base_scores: dict[str, Any] | None = None
 
     def run(self, runs: Sequence[Run], on_evaluation: OnEvaluation) -> None:
         """Trains until no run is running. The state of each run tells how it ended."""
@@ -101,9 +113,11 @@ class Trainer:
     def advance(self, active: Sequence[Run]) -> list[Run]:
         """One forward and backward for the runs whose turn it is, and the optimizer steps of those
         whose global batch is full. Returns the runs that stand at an evaluation now."""
-        for run in active:
-            if run.share is None:
-                self.begin_batch(run)
+        if sampled := self.begin_batches([run for run in active if run.share is None]):
+            self.watch.sampled(sampled)
+        active = [run for run in active if run.status == "running"]
+        if not active:
+            return []
         parts = next_forward(active, self.limits)
         self.watch.forward(parts)
         return self.forward(parts)
@@ -129,15 +143,33 @@ class Trainer:
             run.seconds += (time.perf_counter() - began) / len(chosen)
         return [run for run in full if run.status == "running" and run.is_due]
 
-    def begin_batch(self, run: Run) -> None:
-        """Draws the rows of a run's next global batch."""
+    def begin_batches(self, runs: Sequence[Run]) -> list[tuple[Run, Shapes]]:
+        """Draws the next global batch of each run; a run for which that fails has ended. Gives the shapes of what had
+        to be sampled for it."""
+        for run in runs:
+            self._draw_rows(run)
+            lengths, loss_tokens = self.train_rows.lengths, self.train_rows.loss_tokens
+            self._begin(run, run.batch_rows, lengths, int(loss_tokens[run.batch_rows].sum()))
+        return []
+
+    def pose(self, run: Run, shapes: Shapes) -> None:
+        """Gives a stand-in of another run (replay.py) the shape of its batch; supervised rows have theirs."""
+
+    def _draw_rows(self, run: Run) -> None:
+        """The rows of the data that a run's next global batch is of."""
         stop = min(run.examples + run.spec.global_batch_size, run.spec.num_examples)
         group = run.spec.global_batch_size if run.spec.group_by_length else None
-        rows = self.train_rows.order(run.spec.seed, run.examples, stop, group)
-        lengths, comm = self.train_rows.lengths, self.comm
-        run.share = Share.of(rows, lengths, comm.world_rank, comm.world_size)
-        run.batch_rows = rows
-        run.batch_loss_tokens = int(self.train_rows.loss_tokens[rows].sum())
+        run.batch_rows = self.train_rows.order(run.spec.seed, run.examples, stop, group)
+
+    def _begin(self, run: Run, rows: np.ndarray, lengths: np.ndarray, loss_tokens: int) -> None:
+        """Shares out what a global batch trains on.
+
+        Args:
+            lengths: tokens of every row that `rows` are numbers of.
+            loss_tokens: of the whole batch.
+        """
+        run.share = Share.of(rows, lengths, self.comm.world_rank, self.comm.world_size)
+        run.batch_loss_tokens = loss_tokens
         run.batch_nats = run.shortage = None
         run.taken = 0
 
@@ -145,11 +177,12 @@ class Trainer:
         """A micro-step; where it has no room, the batches that it is of will be done again."""
         if not parts:
             return
-        chosen, rows = [run for run, _ in parts], [rows for _, rows in parts]
+        chosen = [run for run, _ in parts]
+        source, rows = self._source_of(parts)
         shortage = shortage_in(
-            lambda: self._micro_step(chosen, rows),
+            lambda: self._micro_step(chosen, source, rows),
             rows,
-            self.train_rows.lengths,
+            source.lengths,
             waited_for=self.pack.sharding is not None,
         )
         if shortage is None:
@@ -160,8 +193,14 @@ class Trainer:
             if self.comm.world_size == 1 and run.share is not None:
                 run.share.take(len(run.share))  # several workers must go on alike
 
-    def _micro_step(self, chosen: list[Run], rows: list[np.ndarray]) -> None:
-        batch = self.train_rows.batch(rows, self.head.max_positions)
+    def _source_of(
+        self, parts: Sequence[tuple[Run, np.ndarray]]
+    ) -> tuple[RowSource, list[np.ndarray]]:
+        """What the rows of a forward are numbers of, and each run's rows in it."""
+        return self.train_rows, [rows for _, rows in parts]
+
+    def _micro_step(self, chosen: list[Run], source: RowSource, rows: list[np.ndarray]) -> None:
+        batch = source.batch(rows, self.head.max_positions)
         slots = tuple(run.slot_index for run in chosen if run.slot.spec is not None)
         scales = [1 / run.batch_loss_tokens for run in chosen]
         dropout = self._dropout(batch, chosen)
@@ -240,14 +279,15 @@ class Trainer:
         """Evaluates a run and tells; it ends here if its budget is used up, its loss is not finite,
         or the answer is no."""
         try:
-            eval_loss, bits_per_byte, retention_loss = self._losses(run)
-        except NoRoomError as error:
+            scores = self._scores_of(run)
+        except (NoRoomError, RewardError) as error:
             run.status, run.reason = "failed", str(error)
             return
+        eval_loss = scores["eval_loss"]
         if not math.isfinite(eval_loss):
             run.status, run.reason = "diverged", f"eval_loss {eval_loss} at step {run.steps}"
             return
-        evaluation = self._evaluation(run, eval_loss, bits_per_byte, retention_loss)
+        evaluation = self._evaluation(run, scores)
         run.since_report.clear()
         run.evaluated = run.examples
         if run.examples >= run.spec.num_examples:
@@ -255,37 +295,38 @@ class Trainer:
         if not on_evaluation(run, evaluation) and run.status == "running":
             run.status, run.reason = "stopped", "stopped by its scheduler"
 
-    def _evaluation(
-        self, run: Run, eval_loss: float, bits_per_byte: float, retention_loss: float | None
-    ) -> Evaluation:
-        nats, tokens = (
-            (sum(part) for part in zip(*run.since_report, strict=True))
-            if (run.since_report)
-            else (0.0, 0)
-        )
-        return Evaluation(
-            examples=run.examples,
-            steps=run.steps,
-            tokens=run.tokens,
-            loss_tokens=run.loss_tokens,
-            seconds=round(run.seconds, 3),
-            train_loss=nats / tokens if tokens else None,
-            eval_loss=eval_loss,
-            eval_bits_per_byte=bits_per_byte,
-            lr=run.last_lr,
-            grad_norm=run.grad_norm,
-            peak_bytes=self.comm.peak_bytes(self.held_out.device),
-            retention_loss=retention_loss,
-        )
+    def _evaluation(self, run: Run, scores: dict[str, Any]) -> Evaluation:
+        return LossEvaluation(**self._counted(run), **scores, train_loss=run.mean_since_report)
 
-    def _losses(self, run: Run) -> tuple[float, float, float | None]:
-        """eval_losses and retention_loss of a run. Before its first step every run is the base, which
-        is evaluated once."""
+    def _counted(self, run: Run) -> dict[str, Any]:
+        """What every evaluation says of a run's way, whatever it is judged by."""
+        return {
+            "examples": run.examples,
+            "steps": run.steps,
+            "tokens": run.tokens,
+            "loss_tokens": run.loss_tokens,
+            "seconds": round(run.seconds, 3),
+            "lr": run.last_lr,
+            "grad_norm": run.grad_norm,
+            "peak_bytes": self.comm.peak_bytes(self.held_out.device),
+        }
+
+    def _scores_of(self, run: Run) -> dict[str, Any]:
+        """A run's scores. Before its first step every run is the base, which is evaluated once."""
         if run.steps > 0:
-            return (*self.eval_losses(run), self.retention_loss(run))
-        if self._base_loss is None:
-            self._base_loss = (*self.eval_losses(None), self.retention_loss(None))
-        return self._base_loss
+            return self._scores(run)
+        if self._base_scores is None:
+            self._base_scores = self._scores(None)
+        return self._base_scores
+
+    def _scores(self, run: Run | None) -> dict[str, Any]:
+        """What a run, or the base, is judged by: eval_loss, and what stands beside it in a row."""
+        eval_loss, bits_per_byte = self.eval_losses(run)
+        return {
+            "eval_loss": eval_loss,
+            "eval_bits_per_byte": bits_per_byte,
+            "retention_loss": self.retention_loss(run),
+        }
 
     def eval_losses(self, run: Run | None) -> tuple[float, float]:
         """Held-out loss of a run, or of the base: nats/token and bits/byte, over all loss-bearing

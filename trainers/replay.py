@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainers.comm import Comm
-from trainers.composition import CompositionLog, Forward, Part, Script
+from trainers.composition import CompositionLog, Forward, Part, Script, Shapes
 from trainers.loop import Watch
 from trainers.runs import Run
 from trainers.trial_spec import TrialSpec, run_spec
@@ -58,11 +58,13 @@ class Replay:
 
     def _do(self, forward: Forward, runs: Mapping[str, Run], real: set[str]) -> list[Run]:
         trainer = self.station.trainer
+        if forward[0].shapes is not None:
+            return self._sample(forward, runs, real)
         parts: list[tuple[Run, np.ndarray]] = []
         for part in forward:
             run = runs[part.name] if part.name in real else self._ghost(part)
             if run.share is None:
-                trainer.begin_batch(run)
+                trainer.begin_batches([run])
             assert run.share is not None
             if part.name not in real:
                 run.share.take(part.start)
@@ -71,7 +73,17 @@ class Replay:
         ghosts = {run for run, _ in parts if run in self.ghosts.values()}
         return trainer.forward(parts, ghosts)
 
-    def _ghost(self, part: Part) -> Run:
+    def _sample(self, forward: Forward, runs: Mapping[str, Run], real: set[str]) -> list[Run]:
+        """Samples episodes again, beside those of ghosts, whose own are thrown away."""
+        chosen: list[Run] = []
+        for part in forward:
+            if part.name in real:
+                runs[part.name].rows_done = part.done
+            chosen.append(runs[part.name] if part.name in real else self._ghost(part, poses=False))
+        self.station.trainer.begin_batches(chosen)
+        return []
+
+    def _ghost(self, part: Part, *, poses: bool = True) -> Run:
         """A stand-in at a trial's step: what it computes has the right shape, and is thrown away."""
         if part.name not in self.ghosts:
             spec = TrialSpec.from_dict(self.script.trials[part.name])
@@ -79,6 +91,9 @@ class Replay:
         ghost = self.ghosts[part.name]
         ghost.steps, ghost.share = part.step, None
         ghost.examples = part.step * ghost.spec.global_batch_size
+        shapes = self.script.shapes.get((part.name, part.step))
+        if poses and shapes is not None:
+            self.station.trainer.pose(ghost, shapes)
         return ghost
 
 
@@ -129,6 +144,13 @@ class Memory(Watch):
             for run, rows in parts
         ]
         self._write(lambda: self.log.forward(told))
+
+    def sampled(self, parts: Sequence[tuple[Run, Shapes]]) -> None:
+        told = [
+            Part(self.names[run], run.steps, 0, 0, run.rows_done, shapes=shapes)
+            for run, shapes in parts
+        ]
+        self._write(lambda: self.log.sampled(told))
 
     def again(self, run: Run) -> None:
         self._write(lambda: self.log.again(self.names[run], run.steps))

@@ -71,6 +71,9 @@ class Run:
     slot: Slot
     examples: int = 0
     steps: int = 0
+    idle_steps: int = 0
+    """Of reinforcement learning: those whose completions all earned what the others of their prompt did, so that
+    there was nothing to learn."""
     tokens: int = 0
     loss_tokens: int = 0
     seconds: float = 0.0
@@ -81,6 +84,7 @@ class Run:
     evaluated: int = 0
     """Examples at the last evaluation."""
     since_report: list[tuple[float, int]] = field(default_factory=list)
+    """Of each step since the last evaluation: a sum (nats, or rewards) and how many it is over."""
     share: Share | None = None
     """This worker's rest of the global batch; None between two batches."""
     taken: int = 0
@@ -100,6 +104,7 @@ class Run:
         """What a checkpoint must restore beside weights and optimizer state, also one that was written
         between two evaluations: its next row must be that of a run that nobody disturbed."""
         between = {
+            "idle_steps": self.idle_steps,
             "evaluated": self.evaluated,
             "last_lr": self.last_lr,
             "grad_norm": self.grad_norm,
@@ -112,10 +117,17 @@ class Run:
         they were written at evaluations alone."""
         for name in self.COUNTERS:
             setattr(self, name, counters[name])
+        self.idle_steps = counters.get("idle_steps", 0)
         self.evaluated = counters.get("evaluated", self.examples)
         self.last_lr = counters.get("last_lr", 0.0)
         self.grad_norm = counters.get("grad_norm", 0.0)
         self.since_report = [(nats, tokens) for nats, tokens in counters.get("since_report", [])]
+
+    @property
+    def mean_since_report(self) -> float | None:
+        """Mean of what the steps since the last evaluation brought; None where there was none."""
+        total, count = (sum(part) for part in zip(*self.since_report or [(0.0, 0)], strict=True))
+        return total / count if count else None
 
     @property
     def is_due(self) -> bool:

@@ -1,4 +1,4 @@
-"""One trial of supervised fine-tuning, from base and data to checkpoints and metrics.
+"""One trial, supervised or by rewards, from base and data to checkpoints and metrics.
 
 The doctrine's own snippet imports from here: `count_tokens` and `validate_capacity`.
 """
@@ -40,6 +40,7 @@ from trainers.paths import (
     read_json_lines,
 )
 from trainers.recorder import Recorder
+from trainers.rl_trainer import make_rl_trainer
 from trainers.runs import Run, RunSpec, new_run
 from trainers.slots import AdapterSpec
 from trainers.speed import measured_once, read_speed
@@ -138,7 +139,7 @@ class Station:
             torch.set_num_threads(spec.num_threads)
             keep_freed_memory()
         self.comm, self.base, self.data_spec = comm, spec.base, spec.data
-        self.full_finetune = spec.candidate.full_finetune
+        self.full_finetune, self.rl = spec.candidate.full_finetune, spec.rl
         if self.full_finetune and spec.base.sharded:
             raise ValueError(
                 "full fine-tuning needs a whole base on each worker, got a sharded one; set strategy: single"
@@ -156,22 +157,23 @@ class Station:
         self.probe = Probe(self.trainer)
 
     def _trainer(self, spec: TrialSpec) -> Trainer:
-        pad_id = load_tokenizer(spec.data.model, revision=spec.data.revision).pad_id
+        tokenizer = load_tokenizer(spec.data.model, revision=spec.data.revision)
         retention = retention_set(spec.data)
 
         def source(rows: "TokenizedSet | PackedSet") -> RowSource:
-            return RowSource(rows, pad_id, self.model.device)
+            return RowSource(rows, tokenizer.pad_id, self.model.device)
 
-        return Trainer(
-            self.pack,
-            source(self.data.train),
-            source(self.data.eval),
-            limits=ForwardLimits(
+        rows = source(self.data.train), source(self.data.eval)
+        others: dict[str, Any] = {
+            "limits": ForwardLimits(
                 max_tokens=spec.max_tokens, micro_batch_size=spec.micro_batch_size
             ),
-            comm=self.comm,
-            retention=source(retention.rows) if retention else None,
-        )
+            "comm": self.comm,
+            "retention": source(retention.rows) if retention else None,
+        }
+        if spec.rl is None:
+            return Trainer(self.pack, *rows, **others)
+        return make_rl_trainer(self.pack, *rows, spec.rl, tokenizer, self.weights, **others)
 
     def measure(self, path: str, lora_rank: int, row_tokens: int) -> dict[str, Any]:
         """Sizes the forwards as measured on this machine, now or before (see trainers/measure.py). Of a
@@ -234,7 +236,7 @@ class Station:
     def serves(self, spec: TrialSpec) -> bool:
         """Whether a trial can share this station: the same base and data, and adapters. Full
         fine-tuning changes the base, so every such trial has a station of its own."""
-        shared = spec.base == self.base and spec.data == self.data_spec
+        shared = spec.base == self.base and spec.data == self.data_spec and spec.rl == self.rl
         return shared and not spec.candidate.full_finetune and not self.full_finetune
 
     def enter(self, spec: TrialSpec, report: Report) -> tuple[Run, "Recorder"]:

@@ -9,6 +9,7 @@ from search_spaces.candidate import Candidate
 from trainers.base_spec import BaseSpec
 from trainers.data import DataSpec
 from trainers.mirror import local_folder
+from trainers.rl_spec import RLSpec
 from trainers.runs import RunSpec
 
 DEFAULT_MAX_TOKENS = 2048
@@ -29,6 +30,7 @@ class TrialSpec:
         num_threads: torch threads of a CPU worker; part of what makes two runs identical.
         keep_weights: whether weights outlive the trial; False: a study wants its numbers alone, and a
             fine-tuned model per point fills a disk.
+        rl: how it is trained by rewards; None: supervised.
     """
 
     name: str
@@ -43,6 +45,7 @@ class TrialSpec:
     max_tokens: int = DEFAULT_MAX_TOKENS
     num_threads: int = 1
     keep_weights: bool = True
+    rl: RLSpec | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrialSpec":
@@ -52,6 +55,7 @@ class TrialSpec:
             "base": BaseSpec(**values["base"]),
             "data": DataSpec(**values["data"]),
             "candidate": Candidate.from_dict(values["candidate"]),
+            "rl": RLSpec.from_dict(rl) if (rl := values.get("rl")) else None,
         }
         return cls(**(values | parts))
 

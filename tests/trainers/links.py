@@ -26,6 +26,7 @@ def as_command(spec: TrialSpec) -> dict[str, Any]:
         "data": asdict(spec.data),
         "candidate": spec.candidate.to_dict(),
     }
+    parts |= {"rl": vars(spec.rl) if spec.rl else None}
     return json.loads(json.dumps(values | parts))
 
 
