@@ -4,6 +4,7 @@ Imports neither torch nor ray."""
 from typing import Any
 
 from orchestration.config import CarriedFrom, SweepConfig, space_overrides
+from orchestration.objective import method_of_study
 from orchestration.planning import Budget
 from orchestration.results import read_trial
 from orchestration.run_folder import run_at
@@ -62,12 +63,13 @@ def read_optimum(folder: str, method: str, wanted: SearchSpace) -> SmallOptimum:
 
 
 def _model_facts(run: RunPaths, folder: str) -> tuple[int, str]:
-    """(hidden size, method) of a sweep, or of a study, which trains by sft alone."""
+    """(hidden size, method) of a sweep, or of a study."""
     if run.plan.is_file():
         plan = read_state(run.plan)
         return plan["model"]["hidden_size"], plan["method"]
     if run.results.is_file():
-        return read_json(run.results)["model"]["hidden_size"], "sft"
+        results = read_json(run.results)
+        return results["model"]["hidden_size"], method_of_study(results)
     raise ValueError(
         f"lr_prior from {folder}: must be the folder of a sweep (plan.json) or of a study that ended "
         f"(results.json), {'has neither' if run.root.is_dir() else 'is no folder'}"

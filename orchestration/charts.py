@@ -7,7 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from orchestration.forgetting import KEY, base_retention
-from orchestration.results import USABLE, TrialRecord
+from orchestration.results import USABLE, TrialRecord, objective_of_records
 from orchestration.show import target_text
 
 # Okabe-Ito: told apart by the colour-blind, readable on light and dark.
@@ -46,8 +46,9 @@ def _group(record: TrialRecord) -> str:
 
 
 def lr_loss_chart(records: list[TrialRecord]) -> go.Figure:
-    """Best eval_loss against learning rate (log axis), one line per rank, target set and batch."""
-    figure = go.Figure()
+    """Best score (eval_loss, or eval_reward) against learning rate (log axis), one line per rank, target set
+    and batch."""
+    figure, score = go.Figure(), objective_of_records(records)
     scored = [record for record in records if record.best and record.status in USABLE]
     for index, group in enumerate(sorted({_group(record) for record in scored}, key=_by_rank)):
         members = sorted(
@@ -55,7 +56,7 @@ def lr_loss_chart(records: list[TrialRecord]) -> go.Figure:
         )
         figure.add_scatter(
             x=[record.candidate["learning_rate"] for record in members],
-            y=[record.best["eval_loss"] for record in members if record.best],
+            y=[score.of(record.best["eval_loss"]) for record in members if record.best],
             mode="lines+markers",
             name=group,
             text=[escaped(f"{record.name} ({record.status})") for record in members],
@@ -66,9 +67,8 @@ def lr_loss_chart(records: list[TrialRecord]) -> go.Figure:
             line={"color": COLORS[index % len(COLORS)]},
         )
     _mark_diverged(figure, records)
-    figure = layout(
-        figure, "Best eval_loss by learning rate", "learning_rate", "eval_loss (nats/token)"
-    )
+    title = f"Best {score.key} by learning rate"
+    figure = layout(figure, title, "learning_rate", score.title)
     rates = sorted({record.candidate["learning_rate"] for record in records})
     figure.update_xaxes(type="log", tickvals=rates, ticktext=[f"{rate:.1e}" for rate in rates])
     figure.update_layout(showlegend=True, legend={"orientation": "h", "y": -0.25})
@@ -77,11 +77,12 @@ def lr_loss_chart(records: list[TrialRecord]) -> go.Figure:
 
 def _mark_diverged(figure: go.Figure, records: list[TrialRecord]) -> None:
     diverged = [record for record in records if record.status == "diverged"]
+    score = objective_of_records(records)
     scored = [record.best["eval_loss"] for record in records if record.best]
     if diverged:
         figure.add_scatter(
             x=[record.candidate["learning_rate"] for record in diverged],
-            y=[max(scored, default=1.0)] * len(diverged),
+            y=[score.of(max(scored, default=1.0))] * len(diverged),
             mode="markers",
             name="diverged",
             text=[escaped(f"{record.name}: {record.reason}") for record in diverged],
@@ -99,25 +100,32 @@ def _by_rank(group: str) -> tuple[int, str]:
 
 
 def learning_curves(records: list[TrialRecord]) -> go.Figure:
-    """eval_loss against examples seen, one line per trial, from the untouched base on."""
-    return _curves(records, "eval_loss", "Learning curves")
+    """The score against examples seen, one line per trial, from the untouched base on."""
+    score = objective_of_records(records)
+    return _curves(records, score.key, score.title, "Learning curves")
+
+
+def policy_curves(records: list[TrialRecord], key: str, unit: str, title: str) -> go.Figure:
+    """Another number of reinforcement learning against episodes, as `learning_curves`."""
+    return _curves(records, key, f"{key} ({unit})", title)
 
 
 def retention_curves(records: list[TrialRecord]) -> go.Figure:
     """retention_loss against examples seen, one line per trial, from the untouched base on: what lies
     above the start was forgotten. A gap is a loss that was not finite."""
-    figure = _curves(records, KEY, "Retention: loss on general text")
+    figure = _curves(records, KEY, f"{KEY} (nats/token)", "Retention: loss on general text")
     base = next((b for b in map(base_retention, records) if b is not None), None)
     if base is not None:
         figure.add_hline(y=base, line={"dash": "dash", "color": GREY})
     return figure
 
 
-def _curves(records: list[TrialRecord], key: str, title: str) -> go.Figure:
+def _curves(records: list[TrialRecord], key: str, y_title: str, title: str) -> go.Figure:
     figure = go.Figure()
+    clock = "episodes" if any("episodes" in r.rows[0] for r in records if r.rows) else "examples"
     for index, record in enumerate(records):
         figure.add_scatter(
-            x=[row["examples"] for row in record.rows],
+            x=[row[clock] for row in record.rows],
             y=[row.get(key) for row in record.rows],
             mode="lines+markers",
             name=escaped(f"{_short(record)} ({record.status})"),
@@ -127,7 +135,7 @@ def _curves(records: list[TrialRecord], key: str, title: str) -> go.Figure:
             },
             marker={"size": 6},
         )
-    figure = layout(figure, title, "examples", f"{key} (nats/token)", 380 + 16 * len(records))
+    figure = layout(figure, title, clock, y_title, 380 + 16 * len(records))
     figure.update_layout(legend={"orientation": "h", "y": -0.2 - 0.002 * len(records)})
     return figure
 

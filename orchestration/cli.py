@@ -177,7 +177,7 @@ def _add_study(verbs: Any) -> None:
     text = "measure a claim of the doctrine: every point of every arm runs to its end"
     study = verbs.add_parser("study", help=text, description=text, epilog=EXIT_CODES)
     study.add_argument(
-        "kind", metavar="KIND", help="lr-ratio, rank, layers, batch, capacity or compute"
+        "kind", metavar="KIND", help="lr-ratio, rank, layers, batch, capacity, compute or rl"
     )
     study.add_argument(
         "config", type=Path, nargs="?", help="study.yaml; its keys win over the preset's"

@@ -87,7 +87,7 @@ def run_cluster(args: argparse.Namespace) -> int:
     _check_output(args.output)
     from cluster.manifests.need import need_sentence
     from orchestration.config import load_config, local_files, local_inputs
-    from orchestration.run import require_supported
+    from orchestration.requirements import require_supported
     from trainers.paths import write_text
 
     config = load_config(args.config, name=args.name)

@@ -18,7 +18,8 @@ from pydantic import (
 )
 
 from cluster.gpus import parse_inventory
-from orchestration.config_checks import check_data, check_prior, check_texts
+from orchestration.config_checks import check_data, check_prior, check_reward, check_texts
+from orchestration.rl_config import require_method_keys, rl_spec
 from orchestration.yaml_file import ConfigError, read_values, shortened, texts_in
 from search_spaces.values import MAX_POINTS, check_sizes, parse_domain, parse_targets
 from trainers.credentials import credential_in
@@ -94,7 +95,17 @@ class SweepConfig(BaseModel):
     dataset_tokens: PositiveInt | None = None
     """Loss-bearing tokens of one epoch, instead of data."""
     method: Literal["sft", "rl"] = "sft"
-    """Supervised fine-tuning, or reinforcement learning (plan only)."""
+    """Supervised fine-tuning, or reinforcement learning: what examples, global_batch_size, eval_every and
+    grace_period count is then a prompt, of which num_generations episodes are made."""
+    reward: str | dict[str, float] | None = None
+    """What an episode earns: exact_match, numeric_answer, regex:PATTERN, format:PATTERN, FILE.py:FUNCTION or
+    MODULE:FUNCTION; or several with weights: {numeric_answer: 1, "format:.*####.*": 0.1}."""
+    num_generations: Annotated[int, Field(ge=2)] | None = None
+    """Completions sampled for each prompt; an episode is worth what it earns above their mean. Default: 8."""
+    max_completion_length: PositiveInt | None = None
+    """Tokens of a completion; default: 256."""
+    temperature: Positive | None = None
+    """That the policy samples at; default: 1."""
 
     lora_rank: int | list[int] | LogRange | None = None
     learning_rate: float | list[float] | LogRange | None = None
@@ -195,6 +206,8 @@ class SweepConfig(BaseModel):
             raise ValueError(f"{key} {must} be true or false, got {value!r}")
         if key == "data":
             check_data(value)
+        if key == "reward":
+            check_reward(value)
         if key in COUNTS:
             value = _whole(value)
         if value is not None and key == "target":
@@ -221,7 +234,8 @@ class SweepConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "SweepConfig":
-        if (self.data is None) == (self.dataset_tokens is None):
+        require_method_keys(self)
+        if self.method == "sft" and (self.data is None) == (self.dataset_tokens is None):
             raise ValueError(
                 "give data (a file, folder or hub id), or instead dataset_tokens for plan alone"
             )
@@ -295,7 +309,9 @@ def local_inputs(config: SweepConfig) -> list[str]:
     """What a sweep reads of this machine's disk beside its model, so that workers elsewhere must find it."""
     data = [config.data] if isinstance(config.data, str) else list(config.data or {})
     held_out = [config.eval] if isinstance(config.eval, str) else []
-    return local_files([*data, *held_out, config.retention, config.chat_template])
+    spec = rl_spec(config)
+    rewards = spec.files if spec else []
+    return local_files([*data, *held_out, config.retention, config.chat_template, *rewards])
 
 
 def local_files(names: Iterable[str | None]) -> list[str]:

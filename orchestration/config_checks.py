@@ -30,6 +30,24 @@ def check_data(value: Any) -> None:
         )
 
 
+def check_reward(value: Any) -> None:
+    """A reward's name, or several with weights.
+
+    Raises:
+        ValueError: something else.
+    """
+    if value is None or isinstance(value, str):
+        return
+    weights = list(value.values()) if isinstance(value, dict) else []
+    is_number = [isinstance(w, int | float) and not isinstance(w, bool) for w in weights]
+    names = all(isinstance(name, str) for name in value) if weights else False
+    if not names or not all(is_number) or not all(0 < abs(w) <= MAX_WEIGHT for w in weights):
+        raise ValueError(
+            f"reward must be a name, or several with weights (not 0, at most {MAX_WEIGHT:,}; "
+            f"{{numeric_answer: 1}}), got {value!r}"
+        )
+
+
 def check_texts(key: str, value: Any) -> None:
     """Texts are names and paths: not empty, on one line, and as long as names are.
 

@@ -8,6 +8,7 @@ from orchestration.config import SweepConfig
 from orchestration.models import require_weights
 from search_spaces import doctrine
 from search_spaces.capacity import Real, dataset_bits
+from search_spaces.space import DatasetFacts
 
 if TYPE_CHECKING:
     from trainers.base_loss import BaseLoss
@@ -20,13 +21,13 @@ class Capacity:
 
     Args:
         source: doctrine, measured or user.
-        bits_per_token: > 0.
+        bits_per_token: > 0; of reinforcement learning None: an episode counts for BITS_PER_EPISODE.
         doctrine_bits: what the data would count for by the doctrine.
         base_loss: the measurement, where it is one.
     """
 
     source: str
-    bits_per_token: Real
+    bits_per_token: Real | None
     doctrine_bits: int
     base_loss: "BaseLoss | None" = None
 
@@ -38,6 +39,11 @@ class Capacity:
             "doctrine_bits": self.doctrine_bits,
             "measured": self.base_loss.to_dict() if self.base_loss else None,
         }
+
+
+def episode_capacity(facts: DatasetFacts) -> Capacity:
+    """Of reinforcement learning."""
+    return Capacity(source="doctrine", bits_per_token=None, doctrine_bits=facts.bits)
 
 
 def make_capacity(
@@ -115,6 +121,8 @@ def measured_of(plan: dict[str, Any]) -> "BaseLoss | None":
 def capacity_sentence(plan: dict[str, Any]) -> str:
     """Bits per token of a plan and where they are from, in one line."""
     capacity = plan["capacity"]
+    if capacity["bits_per_token"] is None:
+        return f"{doctrine.BITS_PER_EPISODE.value} bit per episode ({doctrine.BITS_PER_EPISODE.source})"
     found, by_doctrine = capacity["measured"], f"{capacity['doctrine_bits']:,} bits"
     rule = f"the doctrine's {doctrine.BITS_PER_TOKEN.value} bit/token gives {by_doctrine}"
     if capacity["source"] == "doctrine":

@@ -1,5 +1,6 @@
 """What a config asks of memory, and the rule that discards what cannot fit. Imports neither torch nor ray."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 
@@ -7,6 +8,7 @@ from cluster.inventory import Inventory, TrialDemand, workers_per_gpu
 from cluster.packing import FORWARD_TOKENS, worker_needs
 from cluster.strategy import Asked, DoesNotFitError, Needs, Workload, choose
 from orchestration.config import SweepConfig
+from orchestration.rl_config import generations_of
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate
 from search_spaces.domains import SearchSpace
@@ -85,6 +87,11 @@ def compute_bytes(config: SweepConfig, *, on_gpu: bool) -> int:
     return DTYPE_BYTES[default if config.dtype == "auto" else config.dtype]
 
 
+def rows_of_batches(config: SweepConfig, global_batch_sizes: Iterable[int]) -> tuple[int, ...]:
+    """Rows that steps train on, in order: of reinforcement learning the episodes of their prompts."""
+    return tuple(sorted(size * generations_of(config) for size in global_batch_sizes))
+
+
 class MemoryRule:
     """Discards what no worker of an inventory can hold, alone and in the shortest forward.
 
@@ -135,7 +142,7 @@ class MemoryRule:
         workload = Workload(
             lora_rank=stored_rank(lora_rank, variant),
             row_tokens=self.row_tokens,
-            global_batch_sizes=sizes,
+            global_batch_sizes=rows_of_batches(self.config, sizes),
             num_trials=1,
             quantized=self.config.quantization == "nf4",
             dropout=dropout,
@@ -160,5 +167,12 @@ class MemoryRule:
                 reason=f"variant {variant}: {' and '.join(sorted(lost))} needs whole weights on each worker, and "
                 "the base is sharded (strategy zero3); set variant: lora or rslora",
                 numbers={},
+            )
+        if fit.way.strategy == "zero3" and self.config.method == "rl":
+            return Verdict(
+                rule=MEMORY,
+                reason="method rl needs a whole base on each worker, which samples token by token, and it fits only "
+                "in parts (strategy zero3); give larger GPUs",
+                numbers={"lora_rank": lora_rank},
             )
         return None

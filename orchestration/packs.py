@@ -7,9 +7,16 @@ from cluster.inventory import Inventory, TrialDemand, max_concurrent_trials
 from cluster.packing import FORWARD_TOKENS, PackPlan, pack_plan
 from cluster.placement import split_global_batch
 from cluster.strategy import Way, Workload
-from orchestration.memory_rule import asked_of, needs_of, trial_demand, worker_places
+from orchestration.memory_rule import (
+    asked_of,
+    needs_of,
+    rows_of_batches,
+    trial_demand,
+    worker_places,
+)
 from orchestration.models import config_path
 from orchestration.planning import batch_sizes, epoch_examples, row_tokens
+from orchestration.rl_config import completion_length_of, generations_of
 from search_spaces.variants import DORA, parts_of, stored_rank
 from trainers.paths import read_json
 from trainers.speed import cpu_name, read_speed, speed_path
@@ -64,7 +71,7 @@ def workload_of(plan: "Plan", lora_rank: int) -> Workload:
     return Workload(
         lora_rank=lora_rank,
         row_tokens=longest_row(plan),
-        global_batch_sizes=tuple(sorted(batch_sizes_of(plan))),
+        global_batch_sizes=rows_of_batches(plan.config, batch_sizes_of(plan)),
         num_trials=len(plan.pruned.admitted) + plan.num_proposed,
         quantized=plan.config.quantization == "nf4",
         dropout=any(rate > 0 for rate in plan.space.dropout.options),
@@ -104,10 +111,11 @@ def adapter_params(plan: "Plan") -> list[int]:
 
 
 def tokens_per_row(plan: "Plan") -> float:
-    """Mean tokens of a training row; of a plan without data its longest."""
+    """Mean tokens of a training row; of a plan without data its longest, and of an episode at most."""
     if plan.audit is None:
         return longest_row(plan)
-    return plan.audit.num_train_tokens / epoch_examples(plan.config, plan.audit)
+    mean = plan.audit.num_train_tokens / epoch_examples(plan.config, plan.audit)
+    return mean + completion_length_of(plan.config)
 
 
 def batch_splits(plan: "Plan", packs: PackPlan) -> list[dict[str, int]]:
@@ -117,7 +125,9 @@ def batch_splits(plan: "Plan", packs: PackPlan) -> list[dict[str, int]]:
     most = min(rows, plan.config.micro_batch_size or rows)
     splits = []
     for size in sorted(batch_sizes_of(plan)):
-        split = split_global_batch(size, packs.workers_per_group, most)
+        split = split_global_batch(
+            size * generations_of(plan.config), packs.workers_per_group, most
+        )
         splits.append({"global_batch_size": size, **vars(split)})
     return splits
 

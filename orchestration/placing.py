@@ -21,6 +21,7 @@ from orchestration.packs import (
 )
 from orchestration.plan_json import plan_to_dict
 from orchestration.planning import Plan, make_plan
+from orchestration.rl_config import generations_of
 from search_spaces.pruner import NothingAdmittedError
 
 
@@ -139,10 +140,14 @@ def trials_cost(
 
 
 def trial_tokens(plan: Plan) -> float:
-    """Tokens that a trial meets; of a plan without data the loss-bearing ones alone, which is fewer."""
+    """Tokens that a trial trains on; of a plan without data the loss-bearing ones alone, which is fewer, and of
+    reinforcement learning at most."""
+    generations = generations_of(plan.config)
+    if plan.config.method == "rl" and plan.budget is None:
+        return (plan.config.examples or 0) * generations * tokens_per_row(plan)
     if plan.budget is None:
         return plan.dataset_tokens * (plan.config.epochs or 1)
-    return plan.budget.num_examples * tokens_per_row(plan)
+    return plan.budget.num_examples * generations * tokens_per_row(plan)
 
 
 CONFIRMATION_TRIALS = 3

@@ -8,6 +8,7 @@ from typing import Any
 
 from orchestration.checkpoint_bytes import checkpoint_bytes
 from orchestration.planning import Plan, epoch_examples
+from orchestration.rl_config import rl_spec
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate, trial_name
 from search_spaces.capacity import check_capacity
@@ -40,6 +41,7 @@ def plan_to_dict(plan: Plan, packs: dict[str, Any] | None = None) -> dict[str, A
         "coverage": [coverage(shape, target) for target in plan.space.target.options],
         "data": plan.audit.to_dict() | {"data": config.data} if plan.audit else None,
         "retention": plan.retention,
+        "rl": _episodes(plan),
         "dataset_tokens": plan.dataset_tokens,
         "dataset_bits": plan.dataset_bits,
         "capacity": plan.capacity.to_dict(),
@@ -66,6 +68,15 @@ def plan_to_dict(plan: Plan, packs: dict[str, Any] | None = None) -> dict[str, A
         "advised": [_discarded_dict(plan, item) for item in plan.pruned.advised],
         "pitfalls": [asdict(pitfall) for pitfall in plan.pitfalls],
     }
+
+
+def _episodes(plan: Plan) -> dict[str, Any] | None:
+    """How episodes are made and how many a trial has; None for supervised fine-tuning."""
+    if (spec := rl_spec(plan.config)) is None:
+        return None
+    prompts = plan.budget.num_examples if plan.budget else plan.config.examples or 0
+    episodes = prompts * spec.num_generations
+    return asdict(spec) | {"num_prompts": prompts, "num_episodes": episodes}
 
 
 def coverage(shape: ModelShape, target: tuple[str, ...]) -> dict[str, Any]:

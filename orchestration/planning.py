@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from cluster.inventory import Inventory
 from cluster.placement import split_global_batch
 from orchestration.config import MAX_CANDIDATES, CarriedFrom, SweepConfig, space_overrides
-from orchestration.measured import Capacity, make_capacity
+from orchestration.measured import Capacity, episode_capacity, make_capacity
 from orchestration.memory_rule import MemoryRule
 from orchestration.models import model_shape
+from orchestration.rl_config import completion_length_of, generations_of
 from search_spaces import pitfalls
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate, grid_candidates, grid_size, random_candidates
@@ -88,9 +89,9 @@ def make_plan(
     data_spec = make_data_spec(config, shape) if config.data else None
     audit = audit_of(data_spec) if data_spec else None
     tokens = capacity_tokens(audit) if audit else config.dataset_tokens or 0
-    capacity = make_capacity(config, data_spec, tokens, known)
-    rows = epoch_examples(config, audit) if audit else None
-    facts = DatasetFacts.from_tokens(tokens, capacity.bits_per_token, rows)
+    budget = make_budget(config, audit) if audit else None
+    facts, capacity = _facts(config, data_spec, audit, known)
+    _require_context(config, shape, audit)
     space = make_space(config, shape, facts)
     memory = _memory_rule(config, shape, space, data_spec, audit, inventory)
     domains = rank_domains(space, config, shape, facts.bits, memory.by_rank if memory else None)
@@ -109,7 +110,7 @@ def make_plan(
         shape=shape,
         space=space,
         method=config.method,
-        num_examples=rows,
+        num_examples=facts.num_examples,
         dataset_bits=facts.bits,
     )
     return Plan(
@@ -127,9 +128,40 @@ def make_plan(
         domains=domains or (),
         num_proposed=num_proposed(space, config, domains or ()),
         pitfalls=tuple(found),
-        budget=make_budget(config, audit) if audit else None,
+        budget=budget,
         inventory=inventory,
     )
+
+
+def _facts(
+    config: SweepConfig,
+    data_spec: "DataSpec | None",
+    audit: "Audit | None",
+    known: "BaseLoss | None",
+) -> tuple[DatasetFacts, Capacity]:
+    """What an adapter must hold: the data's tokens, or a trial's episodes."""
+    if config.method == "rl":
+        prompts = make_budget(config, audit).num_examples if audit else config.examples or 0
+        facts = DatasetFacts.from_episodes(prompts, generations_of(config))
+        return facts, episode_capacity(facts)
+    tokens = capacity_tokens(audit) if audit else config.dataset_tokens or 0
+    capacity = make_capacity(config, data_spec, tokens, known)
+    assert capacity.bits_per_token is not None
+    rows = epoch_examples(config, audit) if audit else None
+    return DatasetFacts.from_tokens(tokens, capacity.bits_per_token, rows), capacity
+
+
+def _require_context(config: SweepConfig, shape: ModelShape, audit: "Audit | None") -> None:
+    """Raises:
+    ValueError: an episode could be longer than the model's context.
+    """
+    length, context = completion_length_of(config), shape.max_position_embeddings
+    longest = audit.max_row_tokens if audit else 0
+    if length and context is not None and longest + length > context:
+        raise ValueError(
+            f"max_completion_length must leave room for the longest row ({longest} tokens) in the model's context "
+            f"({context}), got {length}; lower it or seq_len"
+        )
 
 
 def _memory_rule(
@@ -149,9 +181,12 @@ def _memory_rule(
 def row_tokens(
     config: SweepConfig, shape: ModelShape, data_spec: "DataSpec | None", audit: "Audit | None"
 ) -> int:
-    """Tokens of the longest row that a forward may meet."""
+    """Tokens of the longest row that a forward may meet; of an episode at most, as its prompt's row holds an
+    answer beside."""
     longest = data_spec.seq_len if data_spec else seq_len_of(config, shape)
-    return longest if audit is None or config.packing else min(audit.max_row_tokens, longest)
+    if audit is not None and not config.packing:
+        longest = min(audit.max_row_tokens, longest)
+    return longest + completion_length_of(config)
 
 
 def make_space(config: SweepConfig, shape: ModelShape, facts: DatasetFacts) -> SearchSpace:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestration.console import PlainConsole
+from orchestration.objective import LOSS, Objective
 from trainers.terminal import printable
 
 
@@ -22,7 +23,9 @@ class Progress:
         num_examples: int,
         console: Console | None = None,
         num_trials: int | None = None,
+        objective: Objective = LOSS,
     ) -> None:
+        self.objective = objective
         self.console = console or PlainConsole()
         self.rows: dict[str, dict[str, Any]] = {name: {"status": "waiting"} for name in names}
         self.last_line = ""
@@ -67,7 +70,8 @@ class Progress:
             "eval_loss": result["eval_loss"],
         }
         self._show(
-            f"{name}: {result['examples']}/{self.num_examples} examples, eval_loss {result['eval_loss']:.4f}"
+            f"{name}: {result['examples']}/{self.num_examples} examples, {self.objective.key} "
+            f"{self.objective.text(result['eval_loss'])}"
         )
 
     def ended(self, name: str, status: str, reason: str) -> None:
@@ -90,7 +94,8 @@ class Progress:
     def table(self) -> Table:
         """The trials, running ones first."""
         losses = [row["eval_loss"] for row in self.rows.values() if "eval_loss" in row]
-        best = f", best eval_loss {min(losses):.4f}" if losses else ""
+        score = self.objective
+        best = f", best {score.key} {score.text(min(losses))}" if losses else ""
         done = sum(
             row["status"] not in ("waiting", "starting", "running") for row in self.rows.values()
         )
@@ -99,10 +104,10 @@ class Progress:
             f"{time.monotonic() - self.began:.0f} s",
             caption=Text(self.last_line),  # of a str, rich would read its [words] as markup
         )
-        for column in ("trial", "status", "examples", "eval_loss"):
+        for column in ("trial", "status", "examples", score.key):
             table.add_column(column, justify="left" if column in ("trial", "status") else "right")
         for name, row in self.rows.items():
-            loss = f"{row['eval_loss']:.4f}" if "eval_loss" in row else ""
+            loss = score.text(row["eval_loss"]) if "eval_loss" in row else ""
             cells = (name, row["status"], str(row.get("examples", "")), loss)
             table.add_row(*map(Text, cells))
         return table

@@ -11,6 +11,7 @@ from orchestration.charts import (
     capacity_chart,
     learning_curves,
     lr_loss_chart,
+    policy_curves,
     retention_curves,
 )
 from orchestration.forgetting import (
@@ -21,11 +22,19 @@ from orchestration.forgetting import (
     retention_text,
 )
 from orchestration.measured import capacity_sentence
+from orchestration.objective import REWARD, Objective
 from orchestration.page import Card, charts, frame, section, table, tiles
 from orchestration.placing import packs_sentence
-from orchestration.results import TrialRecord, best_trial, read_trials
+from orchestration.results import (
+    TrialRecord,
+    best_trial,
+    objective_of_records,
+    read_trials,
+)
+from orchestration.results_table import BESIDE, beside_texts
 from orchestration.show import (
     SCALED_LR,
+    amount_text,
     coverage_lines,
     cut_others,
     cut_ranks,
@@ -36,6 +45,13 @@ from orchestration.show_audit import data_text, short_cells
 from search_spaces.variants import PLAIN
 from trainers.credentials import masked
 from trainers.paths import RunPaths, read_state, write_text
+
+POLICY = (
+    ("kl", "nats/token", "Divergence of the policy from the base, on held-out completions"),
+    ("entropy", "nats", "Entropy of the policy, on held-out completions"),
+    ("completion_length", "tokens", "Length of held-out completions"),
+)
+"""Of reinforcement learning: key, unit and title of the charts beside the reward's."""
 
 
 def write_report(run: RunPaths) -> None:
@@ -83,13 +99,11 @@ def _header(
     for record in records:
         counts[record.status] += 1
     ended = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    score = best.best if best else None
+    row, score = best.best if best else None, objective_of_records(records)
+    base = best.base_loss if best else None
     numbers = [
-        (f"{score['eval_loss']:.4f}" if score else "none", "best eval_loss (nats/token)"),
-        (
-            f"{best.base_loss:.4f}" if best and best.base_loss is not None else "?",
-            "eval_loss of the base",
-        ),
+        (score.text(row["eval_loss"]) if row else "none", f"best {score.title}"),
+        (score.text(base) if base is not None else "?", f"{score.key} of the base"),
         (f"{len(records)} + {len(plan['discarded'])}", f"trials + discarded ({ended})"),
         (f"{plan['dataset_bits']:,}", f"dataset bits ({plan['capacity']['source']})"),
     ]
@@ -156,8 +170,8 @@ def _verdict(records: list[TrialRecord], best: TrialRecord | None) -> str:
     text.append(
         f"Best: {_variant_text(best)}lora_rank {candidate['lora_rank']}, "
         f"learning_rate {candidate['learning_rate']:.2e}, "
-        f"global_batch_size {candidate['global_batch_size']}, with eval_loss {best.best['eval_loss']:.4f} "
-        f"after {best.best['examples']:,} examples."
+        f"global_batch_size {candidate['global_batch_size']}, with {best.objective.key} "
+        f"{best.objective.text(best.best['eval_loss'])} after {_after(best.best)}."
     )
     if best.base_loss is not None and best.best["eval_loss"] >= best.base_loss:
         text.append(
@@ -173,6 +187,13 @@ def _verdict(records: list[TrialRecord], best: TrialRecord | None) -> str:
     return f"<p>{html.escape(' '.join(text))}</p>"
 
 
+def _after(row: dict[str, Any]) -> str:
+    """How far a trial was at a row."""
+    if "episodes" in row:
+        return f"{row['episodes']:,} episodes of {row['examples']:,} prompts"
+    return f"{row['examples']:,} examples"
+
+
 def _variant_text(record: TrialRecord) -> str:
     variant = record.settings.variant
     return "" if variant == PLAIN else f"variant {variant}, "
@@ -184,6 +205,8 @@ def _charts(plan: dict[str, Any], records: list[TrialRecord]) -> str:
         Card(figure=capacity_chart(plan)),
         Card(figure=learning_curves(records), is_wide=True),
     ]
+    if objective_of_records(records) is REWARD:
+        cards += [Card(figure=policy_curves(records, *kind), is_wide=True) for kind in POLICY]
     if has_retention(records):
         cards.append(Card(figure=retention_curves(records), is_wide=True))
     return charts(cards)
@@ -192,6 +215,7 @@ def _charts(plan: dict[str, Any], records: list[TrialRecord]) -> str:
 def _trials_table(records: list[TrialRecord], best: TrialRecord | None) -> str:
     retained = has_retention(records)
     named = any(record.settings.variant != PLAIN for record in records)
+    score = objective_of_records(records)
     headers = [
         ("trial", False),
         ("rank", True),
@@ -202,8 +226,8 @@ def _trials_table(records: list[TrialRecord], best: TrialRecord | None) -> str:
         *([("variant", False)] if named else []),
         ("batch", True),
         ("status", False),
-        ("eval_loss", True),
-        ("bits/byte", True),
+        (score.key, True),
+        *[(name, True) for name in BESIDE[score.key]],
         ("at examples", True),
         *([("retention (over base)", True)] if retained else []),
         ("seconds", True),
@@ -212,23 +236,21 @@ def _trials_table(records: list[TrialRecord], best: TrialRecord | None) -> str:
     rows = [
         (
             "chosen" if best and record.name == best.name else "",
-            _trial_cells(record, retained, named),
+            _trial_cells(record, score, retained, named),
         )
         for record in records
     ]
     return table(headers, rows) + _retention_note(records)
 
 
-def _trial_cells(record: TrialRecord, retained: bool, named: bool) -> list[str]:
+def _trial_cells(record: TrialRecord, score: Objective, retained: bool, named: bool) -> list[str]:
     c, top = record.settings, record.best
     candidate = [str(c.lora_rank), f"{c.learning_rate:.2e}", f"{c.lora_alpha:g}", f"{c.scale:.4g}"]
     candidate += [f"{c.scaled_learning_rate:.2e}", *([c.variant] if named else [])]
     candidate += [str(c.global_batch_size)]
-    numbers = (
-        [f"{top['eval_loss']:.4f}", f"{top['eval_bits_per_byte']:.4f}", f"{top['examples']:,}"]
-        if top
-        else ["", "", ""]
-    )
+    numbers = [""] * (2 + len(BESIDE[score.key]))
+    if top:
+        numbers = [score.text(top["eval_loss"]), *beside_texts(top), f"{top['examples']:,}"]
     retention = [retention_text(record)] if retained else []
     seconds = f"{record.rows[-1]['seconds']:.1f}" if record.rows else ""
     return [
@@ -322,8 +344,7 @@ def _pitfalls(plan: dict[str, Any]) -> str:
 
 
 def _capacity(plan: dict[str, Any]) -> str:
-    tokens, bits = plan["dataset_tokens"], plan["dataset_bits"]
-    counted = f"{tokens:,} loss-bearing tokens count for {bits:,} bits"
+    counted = f"{amount_text(plan)} count for {plan['dataset_bits']:,} bits"
     return f"<p>{html.escape(f'{counted}: {capacity_sentence(plan)}.')}</p>"
 
 

@@ -1,9 +1,11 @@
 """What a sweep found, read from the trials' own files: never from a scheduler's memory."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from orchestration.objective import LOSS, Objective, objective_of_rows
 from search_spaces.candidate import Candidate
 from trainers.credentials import masked
 from trainers.integrity import sound_rows
@@ -29,6 +31,11 @@ class TrialRecord:
     @property
     def best(self) -> dict[str, Any] | None:
         return best_row(self.rows)
+
+    @property
+    def objective(self) -> Objective:
+        """What it is judged by, as people know it."""
+        return objective_of_rows(self.rows)
 
     @property
     def settings(self) -> Candidate:
@@ -74,6 +81,11 @@ def read_trials(run: RunPaths) -> list[TrialRecord]:
     folders = sorted(folder for folder in run.trials.iterdir() if (folder / "config.json").exists())
     records = [read_trial(TrialPaths(folder)) for folder in folders]
     return sorted(records, key=_ranking)
+
+
+def objective_of_records(records: Iterable[TrialRecord]) -> Objective:
+    """What the trials of a run are judged by."""
+    return next((record.objective for record in records if record.rows), LOSS)
 
 
 def _ranking(record: TrialRecord) -> tuple[bool, float, str]:

@@ -1,16 +1,20 @@
 """What a sweep found, as text on a terminal."""
 
+from typing import Any
+
 from rich.console import Console
 
 from orchestration.console import PlainConsole
 from orchestration.forgetting import KEY, base_retention, has_retention, retention_text
-from orchestration.results import TrialRecord
+from orchestration.objective import Objective
+from orchestration.results import TrialRecord, objective_of_records
 from orchestration.show import SCALED_LR, target_text, text_table
 from trainers.mirror import shown
 from trainers.paths import RunPaths
 
 CANDIDATE = ("rank", "learning_rate", SCALED_LR, "batch")
-SCORES = ("at examples", "eval_loss", "bits/byte")
+BESIDE = {"eval_loss": ("bits/byte",), "eval_reward": ("kl", "entropy", "tokens")}
+"""Columns beside the score."""
 RETENTION = ("retention (over base)",)
 ENDS = ("status", "target", "")
 
@@ -40,20 +44,47 @@ def show_results(
 def _base_lines(records: list[TrialRecord]) -> list[str]:
     """Losses of the untouched base, which every trial that began has measured."""
     lines = []
-    for name, of_record in (("eval_loss", lambda r: r.base_loss), (KEY, base_retention)):
-        loss = next((of_record(r) for r in records if of_record(r) is not None), None)
-        lines += [f"{name} of the untouched base: {loss:.4f}"] if loss is not None else []
+    score = objective_of_records(records)
+    base = next((r.base_loss for r in records if r.base_loss is not None), None)
+    lines += [f"{score.key} of the untouched base: {score.text(base)}"] if base is not None else []
+    lines += _idle_lines(records)
+    kept = next((k for k in map(base_retention, records) if k is not None), None)
+    lines += [f"{KEY} of the untouched base: {kept:.4f}"] if kept is not None else []
     return lines
+
+
+def _idle_lines(records: list[TrialRecord]) -> list[str]:
+    """Of reinforcement learning, where most steps of every trial taught nothing: no learning rate mends that."""
+    last = [record.rows[-1] for record in records if record.rows]
+    shares = [row["idle_steps"] / row["steps"] for row in last if row.get("idle_steps")]
+    if not shares or len(shares) < len(last) or min(shares) <= 0.5:
+        return []
+    return [
+        f"in {min(shares):.0%} or more of every trial's steps all completions of a prompt earned the same, which "
+        "teaches nothing: give more num_generations, or a reward that tells more apart"
+    ]
 
 
 def _table(records: list[TrialRecord], best: TrialRecord | None) -> str:
     retained = RETENTION if has_retention(records) else ()
-    numbers = (*CANDIDATE, *SCORES, *retained)
-    rows = [_cells(record, best, bool(retained)) for record in records]
+    score = objective_of_records(records)
+    scores = ("at examples", score.key, *BESIDE[score.key])
+    numbers = (*CANDIDATE, *scores, *retained)
+    rows = [_cells(record, best, score, bool(retained)) for record in records]
     return text_table((*numbers, *ENDS), rows, numeric=len(numbers))
 
 
-def _cells(record: TrialRecord, best: TrialRecord | None, retained: bool) -> tuple[str, ...]:
+def beside_texts(row: dict[str, Any]) -> tuple[str, ...]:
+    """What of a metrics row stands beside its score: bits per byte; of reinforcement learning kl, entropy and the
+    completion's length."""
+    if "eval_reward" not in row:
+        return (f"{row['eval_bits_per_byte']:.4f}",)
+    return (f"{row['kl']:.3f}", f"{row['entropy']:.3f}", f"{row['completion_length']:.1f}")
+
+
+def _cells(
+    record: TrialRecord, best: TrialRecord | None, score: Objective, retained: bool
+) -> tuple[str, ...]:
     c, top = record.candidate, record.best
     scaled = f"{record.settings.scaled_learning_rate:.2e}"
     candidate = (
@@ -62,13 +93,9 @@ def _cells(record: TrialRecord, best: TrialRecord | None, retained: bool) -> tup
         scaled,
         str(c["global_batch_size"]),
     )
-    scores = ("", "", "")
+    scores = ("",) * (2 + len(BESIDE[score.key]))
     if top is not None:
-        scores = (
-            f"{top['examples']:,}",
-            f"{top['eval_loss']:.4f}",
-            f"{top['eval_bits_per_byte']:.4f}",
-        )
+        scores = (f"{top['examples']:,}", score.text(top["eval_loss"]), *beside_texts(top))
     retention = (retention_text(record),) if retained else ()
     mark = "<- best" if best and record.name == best.name else ""
     return (*candidate, *scores, *retention, record.status, target_text(c), mark)

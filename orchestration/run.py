@@ -20,19 +20,20 @@ from orchestration.measured import measured_of
 from orchestration.memory_rule import trial_demand
 from orchestration.mending import mend
 from orchestration.models import require_weights
+from orchestration.objective import objective_of
 from orchestration.packs import plan_packs
 from orchestration.placing import packs_sentence, shown_packs, way_line
 from orchestration.plan_json import plan_to_dict
 from orchestration.planning import Plan, make_plan, run_name
 from orchestration.preflight import checked_inventory, needs_of
 from orchestration.progress import Progress
+from orchestration.requirements import require_supported, require_trainable
 from orchestration.results_table import show_results
 from orchestration.run_folder import driving, run_at, run_in, storage_of
 from orchestration.runtime_env import share_cache
 from orchestration.show import cut_ranks
 from search_spaces.candidate import trial_name
 from trainers.base_fetch import commit_of
-from trainers.base_spec import NOT_QUANTIZED
 from trainers.mirror import fetch_all_records, shown
 from trainers.object_store import StoreError
 from trainers.paths import RunPaths, read_state, remove_folder, write_state, write_text
@@ -254,7 +255,14 @@ def _progress(plan: Plan, as_json: dict[str, Any], console: Console) -> Progress
     names = [item["name"] for item in as_json["candidates"]]
     assert plan.budget is not None
     num_discarded = len(plan.pruned.discarded)
-    return Progress(names, num_discarded, plan.budget.num_examples, console, num_trials)
+    return Progress(
+        names,
+        num_discarded,
+        plan.budget.num_examples,
+        console,
+        num_trials,
+        objective_of(plan.config.method),
+    )
 
 
 @contextmanager
@@ -279,57 +287,6 @@ def require_new(run: RunPaths) -> None:
     if run.root.is_file() or any(p.name not in inputs and p.suffix != ".tmp" for p in found):
         raise ValueError(
             f"{shown(run.root)}: the run folder exists already; give another name (--name) or remove it"
-        )
-
-
-def require_supported(config: SweepConfig) -> None:
-    if config.data is None:
-        raise ValueError("a sweep needs data; dataset_tokens alone is enough for plan only")
-    if config.method != "sft":
-        raise ValueError(
-            "method: rl can be planned but not trained by this version; set method: sft"
-        )
-
-
-def require_trainable(plan: Plan) -> None:
-    """Raises:
-    ValueError: what the plan's workers would find out when they had loaded everything.
-    """
-    _require_quantizable(plan)
-    _require_vocabulary(plan)
-
-
-def _require_vocabulary(plan: Plan) -> None:
-    """A token without a row of the embedding is an index error on a CPU and a dead worker on a GPU.
-
-    Raises:
-        ValueError: the tokenizer has such tokens: new ones, which this version does not train.
-    """
-    from trainers.data.tokenizer import load_tokenizer
-
-    assert plan.data_spec is not None
-    vocabulary = load_tokenizer(plan.data_spec.model).encoder.get_vocab(with_added_tokens=True)
-    rows = plan.shape.vocab_size
-    beyond = sorted((number, token) for token, number in vocabulary.items() if number >= rows)
-    if beyond:
-        number, token = beyond[0]
-        raise ValueError(
-            f"model {plan.config.model}: every token must have a row of the embedding, which has {rows:,}; the "
-            f"tokenizer has {len(beyond)} beyond, first {token!r} ({number}); new tokens are not trained by this "
-            "version: resize and train the embedding first, or take them out of tokenizer.json"
-        )
-
-
-def _require_quantizable(plan: Plan) -> None:
-    """Told before workers load a base for nothing.
-
-    Raises:
-        ValueError: 4-bit loading reaches no layer of such a model.
-    """
-    if plan.config.quantization == "nf4" and plan.shape.model_type in NOT_QUANTIZED:
-        raise ValueError(
-            f"quantization: nf4 reaches no layer of a {plan.shape.model_type} model, whose Linear layers are of "
-            "a class of their own; set quantization: none"
         )
 
 

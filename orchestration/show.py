@@ -100,9 +100,19 @@ def _data(plan: dict[str, Any]) -> list[str]:
 def bits_lines(plan: dict[str, Any]) -> list[str]:
     """What the data count for, and by which rule or measurement."""
     return [
-        f"dataset: {plan['dataset_tokens']:,} loss-bearing tokens = {plan['dataset_bits']:,} bits to hold",
+        f"dataset: {amount_text(plan)} = {plan['dataset_bits']:,} bits to hold",
         f"  {capacity_sentence(plan)}",
     ]
+
+
+def amount_text(plan: dict[str, Any]) -> str:
+    """What a plan's bits are counted from."""
+    if rl := plan.get("rl"):
+        return (
+            f"{rl['num_prompts']:,} prompts x {rl['num_generations']} completions = {rl['num_episodes']:,} "
+            "episodes a trial"
+        )
+    return f"{plan['dataset_tokens']:,} loss-bearing tokens"
 
 
 def retention_lines(plan: dict[str, Any]) -> list[str]:
@@ -114,8 +124,18 @@ def _budget(plan: dict[str, Any]) -> list[str]:
     if not plan["budget"]:
         return []
     budget = plan["budget"]
-    unit = "sequences" if plan["packing"] else "examples"
-    return [f"a trial: {budget['num_examples']:,} {unit}, evaluated every {budget['eval_every']:,}"]
+    rl = plan.get("rl")
+    unit = "prompts" if rl else "sequences" if plan["packing"] else "examples"
+    lines = [
+        f"a trial: {budget['num_examples']:,} {unit}, evaluated every {budget['eval_every']:,}"
+    ]
+    if rl:
+        rewards = ", ".join(f"{weight:g} x {name}" for name, weight in rl["reward"].items())
+        lines.append(
+            f"  rewarded by {rewards}; completions of at most {rl['max_completion_length']:,} tokens at temperature "
+            f"{rl['temperature']:g}; batches are counted in prompts, each {rl['num_generations']} episodes"
+        )
+    return lines
 
 
 def _packs(plan: dict[str, Any]) -> list[str]:

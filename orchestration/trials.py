@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestration.results import mark_ended, read_trial
+from orchestration.rl_config import rl_spec
 from orchestration.rungs import CLOCK, METRIC, RungLedger, stopped_trials
 from search_spaces.candidate import Candidate, trial_name
 from trainers.base_fetch import is_hub_id
@@ -60,7 +61,17 @@ class TrialMaker:
             "max_tokens": self.packs.max_tokens,
             "num_threads": self.demand.cpus_per_worker,
             "keep_weights": self.keep_weights,
+            "rl": self._rl(),
         }
+
+    def _rl(self) -> dict[str, Any] | None:
+        spec = rl_spec(self.plan.config)
+        if spec is None:
+            return None
+        from trainers.rl_spec import absolute_reward
+
+        reward = {absolute_reward(name): weight for name, weight in spec.reward.items()}
+        return vars(spec) | {"reward": reward}
 
     def _tokenizer(self) -> dict[str, Any]:
         """Where a worker finds the tokenizer of a hub model: by its id, as it does the base; the driver's

@@ -51,9 +51,11 @@ class DatasetFacts:
         return cls(bits=dataset_bits(num_tokens, bits_per_token), num_examples=num_examples)
 
     @classmethod
-    def from_episodes(cls, num_episodes: int) -> "DatasetFacts":
-        """Facts of an RL run: one bit for each episode."""
-        return cls(bits=episode_bits(num_episodes), num_examples=num_episodes)
+    def from_episodes(cls, num_prompts: int, num_generations: int) -> "DatasetFacts":
+        """Facts of a trial of RL, all its epochs counted: one bit for each episode, of which every prompt
+        brings num_generations anew each time that it comes."""
+        bits = episode_bits(num_prompts * num_generations)
+        return cls(bits=bits, num_examples=num_prompts)
 
 
 def build_space(

@@ -248,7 +248,7 @@ def test_cluster_gpu_that_cannot_hold_the_base_is_refused_with_what_would(write,
             "--gpus-per-node must be at least 1",
         ),
         (["slurm", *A100], {"pack_size": 10**7}, "pack_size must be what a worker holds"),
-        (["slurm", *A100], {"method": "rl"}, "method: rl can be planned but not trained"),
+        (["slurm", *A100], {"method": "rl"}, "method: rl needs a reward"),
         (["slurm", *A100], {"storage": "s3://k:v@bucket/runs"}, "must hold no credentials"),
     ],
 )

@@ -343,7 +343,7 @@ def test_bad_run_folder_of_report_is_named(workplace, capsys):
     ("values", "part"),
     [
         ({"data": None, "dataset_tokens": 1000}, "a sweep needs data"),
-        ({"method": "rl"}, "method: rl can be planned but not trained"),
+        ({"data": None, "method": "rl", "examples": 100}, "a sweep needs data"),
     ],
 )
 def test_bad_sweep_of_what_can_only_be_planned_says_so(write_sweep, capsys, values, part):

@@ -46,6 +46,14 @@ def write_trial(run: RunPaths, candidate: Candidate, losses: list[float], status
         write_state(paths.status, {"status": status, "reason": "", "examples": 0, "steps": 0})
 
 
+def write_study(folder: Path, **results) -> RunPaths:
+    """A finished study, of hidden size 4096."""
+    run = write_run(folder)
+    run.plan.unlink()
+    write_json(run.results, {"model": {"hidden_size": 4096}} | results)
+    return run
+
+
 def write_run(folder: Path, *, rates=RATES, hidden: int = 1024, method: str = "sft") -> RunPaths:
     """A finished sweep; the best loss before the end of a trial is not where it ends."""
     run = RunPaths(folder)
@@ -111,9 +119,7 @@ def test_plan_carried_counts_what_ended_and_nothing_else(small, planned):
 
 
 def test_plan_carried_from_a_study_reads_its_results(workplace, planned):
-    run = write_run(workplace / "runs" / "small")
-    run.plan.unlink()
-    write_json(run.results, {"model": {"hidden_size": 4096}})
+    write_study(workplace / "runs" / "small")
     assert planned().space.prior.lora == pytest.approx(BEST / 2, rel=1e-5)
 
 
@@ -126,6 +132,7 @@ def test_plan_carried_from_a_study_reads_its_results(workplace, planned):
         (lambda folder: write_run(folder, rates=RATES[2:4]), r"at least 3 learning rates .* holds 4\."),
         (lambda folder: write_run(folder, rates=RATES[:4]), r"8\.50e-04\); rank 16: .*highest.*extend its"),
         (lambda folder: write_run(folder, method="rl"), "its method must be sft, is rl"),
+        (lambda folder: write_study(folder, objective="eval_reward"), "its method must be sft, is rl"),
     ],
 )  # fmt: skip
 def test_plan_carried_from_what_has_no_optimum_is_refused_in_one_line(
