@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from orchestration.studies.config import StudyConfig
     from search_spaces.domains import SearchSpace
 
-CURVE_KINDS = ("lr-ratio", "rank", "layers", "batch")
+CURVE_KINDS = ("lr-ratio", "rank", "layers", "batch", "rl")
 """Studies whose arms are loss curves over learning rates."""
 LAYER_TARGETS = (("attn",), ("mlp",), ("attn", "mlp"), ("attn", "mlp", "unembed"))
 

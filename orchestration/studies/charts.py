@@ -6,27 +6,33 @@ from typing import Any
 import plotly.graph_objects as go
 
 from orchestration.charts import COLORS
+from orchestration.objective import LOSS, Objective, objective_named
 from orchestration.page import Card
 from orchestration.studies.axes import label_axis, linear_axis, log_axis
 from orchestration.studies.canvas import escaped, lay_canvas, mark_height, mark_place
 from orchestration.studies.curves import curve_chart, curve_note, has_curves
 
-CURVE_KINDS = ("lr-ratio", "layers")
+CURVE_KINDS = ("lr-ratio", "layers", "rl")
 """Studies whose answer is read off the loss by learning rate; the others' is in their first figure."""
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "triangle-down", "star")
-CURVE_HEADING = "Loss by learning rate"
 
 
 def cards(results: dict[str, Any]) -> list[Card]:
     """All charts of a study, in the page's order."""
-    found = []
+    found, score = [], score_of(results)
     if has_curves(results["arms"]):
-        note = curve_note(results["arms"])
-        chart = curve_chart(results["arms"])
-        found.append(Card(figure=chart, heading=CURVE_HEADING, note=note, is_wide=True))
+        note = curve_note(results["arms"], score)
+        chart = curve_chart(results["arms"], score)
+        heading = f"{score.noun.capitalize()} by learning rate"
+        found.append(Card(figure=chart, heading=heading, note=note, is_wide=True))
     for spec in filter(_has_values, results["figures"]):
         found.append(Card(figure=figure_chart(spec), heading=spec["title"], is_wide=True))
     return found
+
+
+def score_of(results: dict[str, Any]) -> Objective:
+    """What a study's arms are judged by; results of before 2026-11-27 do not say so: by their loss."""
+    return objective_named(results.get("objective", LOSS.key))
 
 
 def _has_values(spec: dict[str, Any]) -> bool:

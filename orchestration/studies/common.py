@@ -11,7 +11,8 @@ from orchestration.config import SweepConfig
 from orchestration.exit_codes import INTERRUPTED, NO_RESULT
 from orchestration.models import require_weights
 from orchestration.planning import Plan, make_plan
-from orchestration.run import difference, require_supported, require_trainable
+from orchestration.requirements import require_supported, require_trainable
+from orchestration.run import difference
 from orchestration.studies.config import StudyConfig, write_study_yaml
 from orchestration.studies.frame import StudyFacts
 from search_spaces.candidate import Candidate

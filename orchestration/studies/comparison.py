@@ -5,6 +5,7 @@ import statistics
 from dataclasses import dataclass
 from functools import cached_property
 
+from orchestration.objective import Objective, objective_of
 from orchestration.planning import Plan
 from orchestration.results import TrialRecord
 from orchestration.studies.agenda import points_of, records_of
@@ -35,6 +36,16 @@ class Comparison:
     def lora_arms(self) -> list[Arm]:
         return [arm for arm in self.arms if not arm.full_finetune]
 
+    @property
+    def score(self) -> Objective:
+        """What the arms are judged by."""
+        return objective_of(self.config.method)
+
+    @property
+    def unit(self) -> str:
+        """What a budget counts."""
+        return "prompts" if self.config.method == "rl" else "examples"
+
     def full_of(self, arm: Arm) -> Arm:
         """The full-fine-tuning arm that a LoRA arm is compared with: that of its batch."""
         batch = arm.template.global_batch_size
@@ -54,9 +65,14 @@ class Comparison:
         return self._optima[arm.label]
 
     def curve(self, arm: Arm) -> Curve:
-        """The learning curve at the arm's best learning rate, as near as it was measured with most seeds;
-        empty where the best lies on an edge or beside a diverged run. A best rate whose interval is not
-        bounded has a curve all the same: between such rates the losses hardly differ."""
+        """The learning curve of `best_runs`."""
+        runs = self.best_runs(arm)
+        return mean_curve(runs) if runs else []
+
+    def best_runs(self, arm: Arm) -> list[TrialRecord]:
+        """The seeds at the arm's best learning rate, as near as it was measured with most of them; none where the
+        best lies on an edge or beside a diverged run. A best rate whose interval is not bounded has runs all the
+        same: between such rates the losses hardly differ."""
         found = self.optimum(arm)
         records = [r for r in records_of(arm, self.records) if r.status == "finished"]
         if not records or (isinstance(found, Unsettled) and found.side != "none"):
@@ -66,10 +82,9 @@ class Comparison:
             by_rate.setdefault(record.candidate["learning_rate"], []).append(record)
         most = max(len(runs) for runs in by_rate.values())
         full = {rate: runs for rate, runs in by_rate.items() if len(runs) == most}
-        curves = {rate: mean_curve(runs) for rate, runs in full.items()}
         if isinstance(found, Unsettled):
-            return min(curves.values(), key=lambda curve: curve[-1][1])
-        return curves[min(curves, key=lambda rate: abs(math.log(rate / found.learning_rate)))]
+            return min(full.values(), key=lambda runs: mean_curve(runs)[-1][1])
+        return full[min(full, key=lambda rate: abs(math.log(rate / found.learning_rate)))]
 
 
 def mean_curve(records: list[TrialRecord]) -> Curve:

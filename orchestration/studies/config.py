@@ -17,7 +17,7 @@ from orchestration.config import (
 from search_spaces.values import MAX_POINTS, parse_domain
 from trainers.paths import write_text
 
-KINDS = ("lr-ratio", "rank", "layers", "batch", "capacity", "compute")
+KINDS = ("lr-ratio", "rank", "layers", "batch", "capacity", "compute", "rl")
 OWN_RECIPE = ("capacity", "compute")
 PRESETS = ("smoke", "laptop", "gpu", "cluster")
 FOLDER = Path(__file__).resolve().parent / "presets"
@@ -98,6 +98,12 @@ class StudyConfig(SweepConfig):
         return tuple(range(self.seeds)) if isinstance(self.seeds, int) else tuple(self.seeds)
 
 
+class RLStudyConfig(StudyConfig):
+    """A study of reinforcement learning; examples and batches are counted in prompts."""
+
+    method: Literal["sft", "rl"] = "rl"
+
+
 def load_study(kind: str, preset: str | None, path: Path | None, **flags: Any) -> StudyConfig:
     """A study's config: the preset's keys, over them the file's, over them the flags that are not None.
 
@@ -115,7 +121,7 @@ def load_study(kind: str, preset: str | None, path: Path | None, **flags: Any) -
     values |= {key: value for key, value in flags.items() if value is not None}
     values = {key: _asset(value) for key, value in values.items()}
     where = str(path) if path else f"preset {preset}"
-    return make_config(values, where, StudyConfig)
+    return make_config(values, where, RLStudyConfig if kind == "rl" else StudyConfig)
 
 
 def preset_values(kind: str, preset: str) -> dict[str, Any]:

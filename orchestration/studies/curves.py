@@ -1,4 +1,4 @@
-"""Loss against learning rate, one colour an arm: the study page's main picture."""
+"""Loss (or reward) against learning rate, one colour an arm: the study page's main picture."""
 
 from collections.abc import Sequence
 from statistics import mean, median, quantiles
@@ -7,6 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from orchestration.charts import COLORS, GREY
+from orchestration.objective import LOSS, Objective
 from orchestration.studies.axes import log_axis, rate_text
 from orchestration.studies.canvas import (
     MARGIN_PIXELS,
@@ -68,7 +69,7 @@ def base_loss(arms: Sequence[dict[str, Any]]) -> float | None:
     return median(losses) if losses else None
 
 
-def curve_note(arms: Sequence[dict[str, Any]]) -> str:
+def curve_note(arms: Sequence[dict[str, Any]], score: Objective = LOSS) -> str:
     """What the chart of the curves does not show, or shows out of its place."""
     points = [point for arm in arms for point in arm["points"]]
     count = {s: sum(p["status"] == s for p in points) for s in ("diverged", "failed", "unfinished")}
@@ -77,10 +78,13 @@ def curve_note(arms: Sequence[dict[str, Any]]) -> str:
     parts = []
     if above:
         parts.append(
-            f"{counted(above, 'finished run')} with a loss above {top:.3f}: triangles at the top."
+            f"{counted(above, 'finished run')} with a {score.noun} {_beyond(score)} {score.of(top):.3f}: triangles at "
+            f"the {_edge(score)}."
         )
     if count["diverged"]:
-        parts.append(f"{counted(count['diverged'], 'run')} diverged: crosses at the top.")
+        parts.append(
+            f"{counted(count['diverged'], 'run')} diverged: crosses at the {_edge(score)}."
+        )
     if above or count["diverged"]:
         parts.append("There, each arm has a row and the seeds lie side by side.")
     for status in ("failed", "unfinished"):
@@ -89,8 +93,18 @@ def curve_note(arms: Sequence[dict[str, Any]]) -> str:
     return " ".join(parts)
 
 
-def curve_chart(arms: Sequence[dict[str, Any]]) -> go.Figure:
-    """Final eval_loss against learning rate: seeds as points, their mean, the fitted parabola near the
+def _beyond(score: Objective) -> str:
+    """Where worse scores than a chart shows lie."""
+    return "above" if score.sign > 0 else "below"
+
+
+def _edge(score: Objective) -> str:
+    """The side of a chart at which what it leaves out is marked: that of the worst."""
+    return "top" if score.sign > 0 else "bottom"
+
+
+def curve_chart(arms: Sequence[dict[str, Any]], score: Objective = LOSS) -> go.Figure:
+    """Final score against learning rate: seeds as points, their mean, the fitted parabola near the
     optimum, and the 95% interval of the best learning rate as a bar through it."""
     low, top = loss_range(arms)
     rates = _all_rates(arms)
@@ -100,16 +114,16 @@ def curve_chart(arms: Sequence[dict[str, Any]]) -> go.Figure:
     lanes = 0
     for index, arm in enumerate(arms):
         color = COLORS[index % len(COLORS)]
-        _add_arm(figure, arm, color, top, seeds, is_dashed=index >= len(COLORS))
-        _add_fit(figure, arm, color, top)
+        _add_arm(figure, arm, color, top, seeds, score, is_dashed=index >= len(COLORS))
+        _add_fit(figure, arm, color, top, score)
         span = axis["range"][1] - axis["range"][0]
-        lanes += _add_lane(figure, arm, color, top, seeds, lanes, span)
-    _add_keys(figure, arms, seeds, top)
-    lay_canvas(figure, "learning rate", "eval_loss (nats/token)")
+        lanes += _add_lane(figure, arm, color, top, seeds, score, lanes, span)
+    _add_keys(figure, arms, seeds, top, score)
+    lay_canvas(figure, "learning rate", score.title)
     figure.update_xaxes(**axis)
-    figure.update_yaxes(range=[low, top])
-    _lay_lanes(figure, lanes)
-    _add_base_line(figure, arms, low, top)
+    figure.update_yaxes(range=sorted((score.of(low), score.of(top))))
+    _lay_lanes(figure, lanes, score)
+    _add_base_line(figure, arms, low, top, score)
     return figure
 
 
@@ -125,11 +139,12 @@ def _add_arm(
     color: str,
     top: float,
     seeds: Sequence[int],
+    score: Objective,
     *,
     is_dashed: bool,
 ) -> None:
     label, group = escaped(arm["label"]), arm["label"]
-    rates, means = _means(arm)
+    rates, means = _means(arm, score)
     figure.add_scatter(
         x=rates,
         y=means,
@@ -142,12 +157,12 @@ def _add_arm(
     inside = [point for point in finished(arm) if point["eval_loss"] <= top]
     figure.add_scatter(
         x=[point["learning_rate"] for point in inside],
-        y=[point["eval_loss"] for point in inside],
+        y=[score.of(point["eval_loss"]) for point in inside],
         mode="markers",
         name=label,
         legendgroup=group,
         showlegend=False,
-        text=[_hover(label, point) for point in inside],
+        text=[_hover(label, point, score) for point in inside],
         hovertemplate="%{text}<extra></extra>",
         marker={
             "color": color,
@@ -168,7 +183,7 @@ def _add_arm(
     )
 
 
-def _means(arm: dict[str, Any]) -> tuple[list[float], list[float | None]]:
+def _means(arm: dict[str, Any], score: Objective) -> tuple[list[float], list[float | None]]:
     """The mean over seeds where every run that ended has finished; a gap where one diverged, since the
     mean of the others would look better than the rate is."""
     rates = sorted({p["learning_rate"] for p in arm["points"] if p["status"] != "unfinished"})
@@ -176,11 +191,13 @@ def _means(arm: dict[str, Any]) -> tuple[list[float], list[float | None]]:
     means: list[float | None] = []
     for rate in rates:
         losses = [p["eval_loss"] for p in finished(arm) if p["learning_rate"] == rate]
-        means.append(mean(losses) if losses and rate not in broken else None)
+        means.append(score.of(mean(losses)) if losses and rate not in broken else None)
     return rates, means
 
 
-def _add_fit(figure: go.Figure, arm: dict[str, Any], color: str, top: float) -> None:
+def _add_fit(
+    figure: go.Figure, arm: dict[str, Any], color: str, top: float, score: Objective
+) -> None:
     fit = arm["fit"]
     if fit is None:
         return
@@ -190,7 +207,7 @@ def _add_fit(figure: go.Figure, arm: dict[str, Any], color: str, top: float) -> 
     shared: dict[str, Any] = {"legendgroup": arm["label"], "showlegend": False}
     figure.add_scatter(
         x=[10 ** (bow["log10_lr"] + step) for step, loss in drawn if loss <= top],
-        y=[loss for _, loss in drawn if loss <= top],
+        y=[score.of(loss) for _, loss in drawn if loss <= top],
         mode="lines",
         line={"color": color, "width": 4},
         opacity=0.4,
@@ -199,9 +216,9 @@ def _add_fit(figure: go.Figure, arm: dict[str, Any], color: str, top: float) -> 
     )
     figure.add_scatter(
         x=[fit["low"], fit["learning_rate"], fit["high"]],
-        y=[fit["loss"]] * 3,
+        y=[score.of(fit["loss"])] * 3,
         mode="lines+markers",
-        text=[_fit_hover(arm)] * 3,
+        text=[_fit_hover(arm, score)] * 3,
         hovertemplate="%{text}<extra></extra>",
         line={"color": color, "width": 2.5},
         marker={
@@ -221,6 +238,7 @@ def _add_lane(
     color: str,
     top: float,
     seeds: Sequence[int],
+    score: Objective,
     lane: int,
     span: float,
 ) -> int:
@@ -241,26 +259,32 @@ def _add_lane(
         mode="markers",
         legendgroup=arm["label"],
         showlegend=False,
-        text=[_hover(escaped(arm["label"]), point) for point in marks],
+        text=[_hover(escaped(arm["label"]), point, score) for point in marks],
         hovertemplate="%{text}<extra></extra>",
         marker={
             "color": color,
             "size": 8,
-            "symbol": ["x"] * num_diverged + ["triangle-up-open"] * (len(marks) - num_diverged),
+            "symbol": ["x"] * num_diverged + [_triangle(score)] * (len(marks) - num_diverged),
             "line": {"width": [0] * num_diverged + [1.6] * (len(marks) - num_diverged)},
         },
     )
     return 1
 
 
-def _lay_lanes(figure: go.Figure, lanes: int) -> None:
+def _triangle(score: Objective) -> str:
+    return "triangle-up-open" if score.sign > 0 else "triangle-down-open"
+
+
+def _lay_lanes(figure: go.Figure, lanes: int, score: Objective) -> None:
     strip = LANE_PIXELS * lanes + (LANE_PIXELS / 2 if lanes else 0)
-    border = PLOT_PIXELS / (PLOT_PIXELS + strip)
+    share = PLOT_PIXELS / (PLOT_PIXELS + strip)
+    border = share if score.sign > 0 else 1 - share
+    below, above = [0, border], [border, 1]
     figure.update_layout(
         height=PLOT_PIXELS + strip + MARGIN_PIXELS,
-        yaxis={"domain": [0, border]},
+        yaxis={"domain": below if score.sign > 0 else above},
         yaxis2={
-            "domain": [border, 1],
+            "domain": above if score.sign > 0 else below,
             "range": [-0.75, lanes - 0.25],
             "visible": False,
             "fixedrange": True,
@@ -280,15 +304,19 @@ def _lay_lanes(figure: go.Figure, lanes: int) -> None:
 
 
 def _add_base_line(
-    figure: go.Figure, arms: Sequence[dict[str, Any]], low: float, top: float
+    figure: go.Figure, arms: Sequence[dict[str, Any]], low: float, top: float, score: Objective
 ) -> None:
     base = base_loss(arms)
     if base is not None and low <= base <= top:
-        mark_height(figure, base, "the untouched base", anchor="top")
+        mark_height(figure, score.of(base), "the untouched base", anchor=_edge(score))
 
 
 def _add_keys(
-    figure: go.Figure, arms: Sequence[dict[str, Any]], seeds: Sequence[int], top: float
+    figure: go.Figure,
+    arms: Sequence[dict[str, Any]],
+    seeds: Sequence[int],
+    top: float,
+    score: Objective,
 ) -> None:
     """What the marks mean, in grey after the arms."""
     marks: list[tuple[str, dict[str, Any]]] = []
@@ -299,8 +327,8 @@ def _add_keys(
     if any(point["status"] == "diverged" for arm in arms for point in arm["points"]):
         marks.append(("diverged", {"symbol": "x", "size": 8}))
     if any(point["eval_loss"] > top for arm in arms for point in finished(arm)):
-        above = {"symbol": "triangle-up-open", "size": 8, "line": {"width": 1.6}}
-        marks.append(("loss above the chart", above))
+        outside = {"symbol": _triangle(score), "size": 8, "line": {"width": 1.6}}
+        marks.append((f"{score.noun} {_beyond(score)} the chart", outside))
     lines = [("mean of the seeds", 1.2, 1.0)]
     lines += [("fitted parabola", 4, 0.4)] if any(arm["fit"] for arm in arms) else []
     for name, marker in marks:
@@ -316,20 +344,21 @@ def _symbol(seed: int, seeds: Sequence[int]) -> str:
     return SEED_SYMBOLS[seeds.index(seed) % len(SEED_SYMBOLS)]
 
 
-def _hover(label: str, point: dict[str, Any]) -> str:
-    loss = f"eval_loss {point['eval_loss']:.4f}" if point["status"] == "finished" else "diverged"
+def _hover(label: str, point: dict[str, Any], score: Objective) -> str:
+    is_finished = point["status"] == "finished"
+    loss = f"{score.key} {score.text(point['eval_loss'])}" if is_finished else "diverged"
     lines = [f"<b>{label}</b>", f"learning rate {rate_text(point['learning_rate'])}"]
     lines += [f"seed {point['seed']}", loss, escaped(point["reason"] or "")]
     return "<br>".join(line for line in lines if line)
 
 
-def _fit_hover(arm: dict[str, Any]) -> str:
+def _fit_hover(arm: dict[str, Any], score: Objective) -> str:
     fit = arm["fit"]
     lines = [
         f"<b>{escaped(arm['label'])}</b>: best learning rate {rate_text(fit['learning_rate'])}",
         f"95% interval {rate_text(fit['low'])} to {rate_text(fit['high'])}",
-        f"within {fit['tolerance_frac']:.1%} of the best loss: {tolerance_text(fit)}",
-        f"loss there {fit['loss']:.4f}",
+        f"within {fit['tolerance_frac']:.1%} of the best {score.noun}: {tolerance_text(fit)}",
+        f"{score.noun} there {score.text(fit['loss'])}",
     ]
     return "<br>".join(lines)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.inventory import local_inventory
+from orchestration.objective import LOSS
 from trainers.speed import cpu_name
 
 QUESTIONS = {
@@ -13,6 +14,8 @@ QUESTIONS = {
     "batch": "Does LoRA fall behind full fine-tuning as the global batch grows?",
     "capacity": "How many bits does an adapter store for each of its parameters?",
     "compute": "Does a LoRA step cost two thirds of a full-fine-tuning step?",
+    "rl": "Does reinforcement learning with a small rank reach full fine-tuning's reward, and at 10 times its learning "
+    "rate?",
 }
 
 
@@ -37,6 +40,7 @@ def frame(
         "status": "complete" if complete else "unfinished",
         "command": facts.command,
         "question": QUESTIONS[facts.kind],
+        "objective": LOSS.key,
         "limits": [],
         "protocol": [],
         "versions": facts.versions,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from orchestration.objective import Objective
 from orchestration.studies.arms import Arm
 from orchestration.studies.comparison import Comparison
 from orchestration.studies.figures import figure, series
@@ -22,7 +23,7 @@ def conclusion(compared: Comparison) -> dict[str, Any]:
     return {
         "verdict": _overall(compared, judged),
         "claims": [claim for one in judged for claim in one["claims"]],
-        "tables": [_ratio_table(judged), _regret_table(compared)],
+        "tables": [_ratio_table(compared, judged), _regret_table(compared)],
         "figures": [_ratio_figure(compared, judged)],
     }
 
@@ -30,11 +31,12 @@ def conclusion(compared: Comparison) -> dict[str, Any]:
 def predictions(compared: Comparison, arm: Arm) -> dict[str, float]:
     """What each law says of an arm's ratio."""
     hidden = compared.plan.shape.hidden_size
-    return {
+    laws = {
         MAIN: doctrine.LR_RATIO.value,
         RIVAL: doctrine.rival_lr_ratio(hidden, arm.template.lora_alpha),
-        SHORT: doctrine.LR_RATIO_SHORT.value,
     }
+    # What was seen of short runs was seen in supervised fine-tuning.
+    return laws if compared.config.method == "rl" else laws | {SHORT: doctrine.LR_RATIO_SHORT.value}
 
 
 def _judged(compared: Comparison, arm: Arm) -> dict[str, Any]:
@@ -88,24 +90,34 @@ def _overall(compared: Comparison, judged: list[dict[str, Any]]) -> dict[str, An
     }
 
 
-def _ratio_table(judged: list[dict[str, Any]]) -> dict[str, Any]:
+def _ratio_table(compared: Comparison, judged: list[dict[str, Any]]) -> dict[str, Any]:
+    score = compared.score
     headers = [["arm", False], ["LR ratio", True], ["95% interval", True]]
     headers += [
-        ["best loss over FullFT's (nats/token)", True],
+        [f"best {score.noun} over FullFT's ({score.unit})", True],
         ["95% interval", True],
         ["10x", False],
     ]
     rows = []
     for one in judged:
         cells = [one["arm"].label, *_interval(one["ratio"], Ratio, ".3g")]
-        rows.append([*cells, *_interval(one["gap"], Gap, "+.4f"), one["verdict"].status])
+        gap = _as_scored(one["gap"], score)
+        rows.append([*cells, *_interval(gap, Gap, "+.4f"), one["verdict"].status])
     return {
         "title": "LoRA against full fine-tuning",
-        "note": "Equality of the best losses is another claim than the ratio. An interval of the ratio is "
+        "note": f"Equality of the best {score.noun} is another claim than the ratio. An interval of the ratio is "
         "made from pairs of runs with one data order.",
         "headers": headers,
         "rows": rows,
     }
+
+
+def _as_scored(gap: Any, score: Objective) -> Any:
+    """A gap of losses as one of what the arms are judged by."""
+    if not isinstance(gap, Gap):
+        return gap
+    low, high = sorted((score.of(gap.low), score.of(gap.high)))
+    return Gap(estimate=score.of(gap.estimate), low=low, high=high)
 
 
 def _interval(found: Any, kind: type, form: str) -> list[str]:
@@ -124,8 +136,8 @@ def _regret_table(compared: Comparison) -> dict[str, Any]:
             rows.append([arm.label, name, f"{found.learning_rate:.2e}", share, found.note or ""])
     return {
         "title": "Regret of the priors",
-        "note": "Excess of the loss at the prior's learning rate over the best, on this model and data; read "
-        "between measured points, outside them nothing is said.",
+        "note": f"How much worse the {compared.score.noun} is at the prior's learning rate than the best, on this "
+        "model and data; read between measured points, outside them nothing is said.",
         "headers": [
             ["arm", False],
             ["prior", False],
@@ -138,14 +150,15 @@ def _regret_table(compared: Comparison) -> dict[str, Any]:
 
 
 def _priors(compared: Comparison, arm: Arm) -> dict[str, float]:
-    shape = compared.plan.shape
+    shape, method = compared.plan.shape, compared.config.method
     names = ["doctrine"]
-    if any(shape.model_type.startswith(family) for family in doctrine.TINKER_EXPONENTS.value):
+    families = doctrine.TINKER_EXPONENTS.value if method == "sft" else ()  # a law of its losses
+    if any(shape.model_type.startswith(family) for family in families):
         names.append("tinker")
     found = {}
     for name in names:
         prior = learning_rate_prior(
-            name, hidden_size=shape.hidden_size, model_type=shape.model_type
+            name, hidden_size=shape.hidden_size, model_type=shape.model_type, method=method
         )
         found[name] = prior.full_ft if arm.full_finetune else prior.lora
     return found
@@ -171,7 +184,7 @@ def _ratio_figure(compared: Comparison, judged: list[dict[str, Any]]) -> dict[st
             [predictions(compared, arm)[name] for arm in arms],
             mode="markers",
         )
-        for name in (MAIN, RIVAL, SHORT)
+        for name in predictions(compared, arms[0])
     ]
     return figure(
         "Ratio of the best learning rates",

@@ -4,9 +4,8 @@ from typing import Any
 
 from orchestration.studies.arms import Arm
 from orchestration.studies.comparison import Comparison
-from orchestration.studies.figures import figure, series
+from orchestration.studies.pictures import best_scores, learning_curves
 from search_spaces import doctrine
-from search_spaces.studies.optimum import ArmOptimum
 from search_spaces.studies.rank_curves import capacity_examples, kendall_tau, leaving_examples
 
 
@@ -18,7 +17,7 @@ def conclusion(compared: Comparison) -> dict[str, Any]:
     return {
         "verdict": _verdict(compared, rows, bool(reference)),
         "tables": [_table(rows)],
-        "figures": [_curves(compared), _best_losses(compared)],
+        "figures": [learning_curves(compared), best_scores(compared)],
         "limits": [
             "Capacity counts 2 bits a parameter against 1 bit a loss-bearing token (the doctrine's numbers), "
             "an upper bound of what the data needs.",
@@ -98,41 +97,3 @@ def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "headers": headers,
         "rows": cells,
     }
-
-
-def _curves(compared: Comparison) -> dict[str, Any]:
-    drawn = []
-    for arm in compared.arms:
-        curve = [point for point in compared.curve(arm) if point[0] > 0]
-        drawn.append(
-            series(
-                arm.label,
-                [examples for examples, _, _ in curve],
-                [loss for _, loss, _ in curve],
-                low=[loss - spread for _, loss, spread in curve],
-                high=[loss + spread for _, loss, spread in curve],
-                dash="dash" if arm.full_finetune else "solid",
-            )
-        )
-    title = "Learning curves at each arm's best learning rate"
-    return figure(title, "examples", "eval_loss (nats/token)", drawn)
-
-
-def _best_losses(compared: Comparison) -> dict[str, Any]:
-    found = [(arm, compared.optimum(arm)) for arm in compared.arms]
-    settled = [(arm, best) for arm, best in found if isinstance(best, ArmOptimum)]
-    lora = [(arm, best) for arm, best in settled if not arm.full_finetune]
-    full = [best for arm, best in settled if arm.full_finetune]
-    drawn = series(
-        "LoRA at its best learning rate",
-        [arm.template.lora_rank for arm, _ in lora],
-        [best.loss for _, best in lora],
-    )
-    return figure(
-        "Best loss by rank",
-        "lora_rank",
-        "eval_loss (nats/token)",
-        [drawn],
-        x_log=True,
-        hlines=[{"y": best.loss, "text": "FullFT"} for best in full],
-    )

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestration.objective import Objective
 from orchestration.page import charts, frame, section, table, tiles
 from orchestration.studies.axes import rate_text
 from orchestration.studies.canvas import counted
-from orchestration.studies.charts import cards
+from orchestration.studies.charts import cards, score_of
 from orchestration.studies.csv_table import write_csv
 from orchestration.studies.curves import base_loss, finished, tolerance_text
 from trainers.paths import read_json, write_text
@@ -40,10 +41,10 @@ def render(results: dict[str, Any]) -> str:
         _verdict(results["verdict"]),
         tiles(_numbers(results)),
         charts(cards(results)),
-        _arms(results["arms"]),
+        _arms(results["arms"], score_of(results)),
         _claims(results["kind"], results["claims"]),
         *(_table(each) for each in results["tables"]),
-        _runs(results["arms"]),
+        _runs(results["arms"], score_of(results)),
         _limits(results["limits"]),
         _protocol(results),
         _machine(results),
@@ -86,7 +87,7 @@ def _points(arms: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _numbers(results: dict[str, Any]) -> list[tuple[str, str]]:
-    arms, model = results["arms"], results["model"]
+    arms, model, score = results["arms"], results["model"], score_of(results)
     size = f"parameters of {_short_name(model['name'])}"
     shape = f"hidden {model['hidden_size']:,}, {counted(model['num_layers'], 'layer')}"
     numbers = [(_millions(model["num_params"]), f"{size} ({shape})")]
@@ -101,10 +102,10 @@ def _numbers(results: dict[str, Any]) -> list[tuple[str, str]]:
     scored = [(point["eval_loss"], arm["label"]) for arm in arms for point in finished(arm)]
     if scored:
         loss, label = min(scored)
-        numbers.append((f"{loss:.4f}", f"best eval_loss (nats/token), {label}"))
+        numbers.append((score.text(loss), f"best {score.title}, {label}"))
     base = base_loss(arms)
     if base is not None:
-        numbers.append((f"{base:.4f}", "eval_loss of the untouched base"))
+        numbers.append((score.text(base), f"{score.key} of the untouched base"))
     claims = [claim["status"] for claim in results["claims"]]
     if claims:
         others = (
@@ -124,7 +125,7 @@ def _millions(number: int) -> str:
     return f"{number / 1e6:,.2f}M" if number >= 100_000 else f"{number:,}"
 
 
-def _arms(arms: Sequence[dict[str, Any]]) -> str:
+def _arms(arms: Sequence[dict[str, Any]], score: Objective) -> str:
     if not arms:
         return ""
     headers = [
@@ -133,18 +134,18 @@ def _arms(arms: Sequence[dict[str, Any]]) -> str:
         ("best rate", True),
         ("95% interval", True),
         ("good rates", True),
-        ("best loss", True),
+        (f"best {score.noun}", True),
         ("seeds", True),
         ("finished", True),
         ("diverged", True),
     ]
-    rows = [("warn" if arm["unsettled"] else "", _arm_cells(arm)) for arm in arms]
+    rows = [("warn" if arm["unsettled"] else "", _arm_cells(arm, score)) for arm in arms]
     fracs = sorted({arm["fit"]["tolerance_frac"] for arm in arms if arm["fit"]})
     notes = ["Trained: number of trained parameters."]
     if fracs:
         within = " or ".join(f"{frac:.1%}" for frac in fracs)
         notes.append(
-            f"Good rates: learning rates whose fitted loss is within {within} of the best; an end called "
+            f"Good rates: learning rates whose fitted {score.noun} is within {within} of the best; an end called "
             "below or above lies beyond the grid."
         )
     reasons = [f"{arm['label']}: {arm['unsettled']}" for arm in arms if arm["unsettled"]]
@@ -152,13 +153,13 @@ def _arms(arms: Sequence[dict[str, Any]]) -> str:
     return section("Arms", table(headers, rows, note=" ".join(notes)) + unsettled)
 
 
-def _arm_cells(arm: dict[str, Any]) -> list[str]:
+def _arm_cells(arm: dict[str, Any], score: Objective) -> list[str]:
     fit, points = arm["fit"], arm["points"]
     settled = ["unsettled" if arm["unsettled"] else "", "", "", ""]
     if fit:
         interval = f"{rate_text(fit['low'])} to {rate_text(fit['high'])}"
         rate = rate_text(fit["learning_rate"])
-        settled = [rate, interval, tolerance_text(fit), f"{fit['loss']:.4f}"]
+        settled = [rate, interval, tolerance_text(fit), score.text(fit["loss"])]
     ended = [str(sum(p["status"] == status for p in points)) for status in ("finished", "diverged")]
     seeds = str(len({point["seed"] for point in points}))
     return [arm["label"], f"{arm['trained_params']:,}", *settled, seeds, *ended]
@@ -210,7 +211,7 @@ def _table(each: dict[str, Any]) -> str:
     return section(each["title"], table(headers, rows, note=each["note"] or ""))
 
 
-def _runs(arms: Sequence[dict[str, Any]]) -> str:
+def _runs(arms: Sequence[dict[str, Any]], score: Objective) -> str:
     points = _points(arms)
     if not points:
         return ""
@@ -219,7 +220,7 @@ def _runs(arms: Sequence[dict[str, Any]]) -> str:
         ("learning rate", True),
         ("seed", True),
         ("status", False),
-        ("eval_loss", True),
+        (score.key, True),
         ("of the base", True),
         ("examples", True),
         ("steps", True),
@@ -229,12 +230,12 @@ def _runs(arms: Sequence[dict[str, Any]]) -> str:
         ("trial", False),
         ("reason", False),
     ]
-    rows = [("", _run_cells(arm["label"], point)) for arm in arms for point in arm["points"]]
+    rows = [("", _run_cells(arm["label"], point, score)) for arm in arms for point in arm["points"]]
     summary = f"<summary>{counted(len(points), 'run')}, every seed and learning rate</summary>"
     return section("Runs", f"<details>{summary}{table(headers, rows)}</details>")
 
 
-def _run_cells(label: str, point: dict[str, Any]) -> list[str]:
+def _run_cells(label: str, point: dict[str, Any], score: Objective) -> list[str]:
     losses = [point["eval_loss"], point["base_loss"]]
     peak = point["peak_bytes"]
     return [
@@ -242,7 +243,7 @@ def _run_cells(label: str, point: dict[str, Any]) -> list[str]:
         rate_text(point["learning_rate"]),
         str(point["seed"]),
         point["status"],
-        *("" if loss is None else f"{loss:.4f}" for loss in losses),
+        *("" if loss is None else score.text(loss) for loss in losses),
         *(_count(point[key]) for key in ("examples", "steps", "loss_tokens")),
         "" if point["seconds"] is None else f"{point['seconds']:.1f}",
         "" if peak is None else f"{peak / 2**20:,.0f}",

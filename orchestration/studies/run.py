@@ -8,10 +8,12 @@ from rich.console import Console
 
 from cluster.inventory import Inventory, local_inventory, max_concurrent_trials, room_per_worker
 from orchestration.console import PlainConsole
+from orchestration.objective import objective_of
 from orchestration.packs import trial_demand
 from orchestration.planning import Plan
 from orchestration.preflight import checked_inventory, needs_of
 from orchestration.progress import Progress
+from orchestration.rl_config import rl_spec
 from orchestration.run import versions
 from orchestration.run_folder import driving, run_at, run_in
 from orchestration.runtime_env import share_cache
@@ -162,7 +164,9 @@ def fixed_facts(config: StudyConfig, plan: Plan) -> dict[str, Any]:
         "dropout",
         "variant",
     )
+    spec = rl_spec(config)
     return {
+        **({"rl": vars(spec) | {"reward": dict(spec.reward)}} if spec else {}),
         "model": {"num_params": plan.shape.num_params, "hidden_size": plan.shape.hidden_size},
         "data": plan.audit.to_dict(),
         "budget": {
@@ -188,7 +192,8 @@ def train_arms(
 
     plan = with_candidates(plan, candidates_of(arms))
     assert plan.budget is not None
-    progress = Progress([], 0, plan.budget.num_examples, console, _expected(arms, config))
+    score = objective_of(config.method)
+    progress = Progress([], 0, plan.budget.num_examples, console, _expected(arms, config), score)
     try:
         sweep.start_ray(config.address)
         local = config.address is None

@@ -58,7 +58,7 @@ def _regret(curve: MeanCurve | Unsettled, learning_rate: float) -> Regret:
         note = f"over the best point: {fit.reason}"
     else:
         lowest = min(lowest, fit.loss)
-    return Regret(learning_rate=learning_rate, regret_frac=loss / lowest - 1, note=note)
+    return Regret(learning_rate=learning_rate, regret_frac=(loss - lowest) / abs(lowest), note=note)
 
 
 def _loss_at(curve: MeanCurve, x: float) -> float | str:

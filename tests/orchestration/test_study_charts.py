@@ -154,3 +154,29 @@ def test_cards_leave_out_a_figure_that_has_no_values_yet():
     results["figures"].append(empty)
     assert len(cards(results)) == 2
     assert picture(results | {"figures": [empty]}) is None
+
+
+def test_curve_chart_of_rewards_marks_what_is_worse_at_the_bottom():
+    results = lr_ratio()
+    losses = chart(results, 0)
+    for p in points_of(results, "finished"):
+        p["eval_loss"] -= 4.0
+    for each in results["arms"]:
+        for p in each["points"]:
+            p["base_loss"] -= 4.0
+        if each["fit"]:
+            each["fit"]["loss"] -= 4.0
+            each["fit"]["parabola"]["loss"] -= 4.0
+    card = cards(results | {"objective": "eval_reward"})[0]
+    rewards: Any = card.figure
+    assert card.heading == "Reward by learning rate"
+    assert "with a reward below" in card.note
+    assert "crosses at the bottom" in card.note
+    low, high = rewards.layout.yaxis.range
+    assert [low, high] == pytest.approx([4.0 - y for y in losses.layout.yaxis.range[::-1]])
+    assert rewards.layout.yaxis.domain[1] == 1
+    assert rewards.layout.yaxis2.domain[0] == 0
+    assert rewards.layout.yaxis2.domain[1] == rewards.layout.yaxis.domain[0]
+    assert marks(rewards, "triangle-up-open") == []
+    assert marks(rewards, "triangle-down-open") == marks(losses, "triangle-up-open")
+    assert rewards.layout.yaxis.title.text.startswith("eval_reward")

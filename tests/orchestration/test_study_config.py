@@ -186,6 +186,20 @@ def test_arms_hold_their_own_points_and_no_others(kind):
         assert [other.label for other in found if other.holds(point)] == [arm.label]
 
 
+def test_rl_study_is_of_rewards_and_decides_its_method_itself(tmp_path):
+    config = load_study("rl", "smoke", None)
+    assert (config.method, config.num_generations) == ("rl", 4)
+    labels = [arm.label for arm in arms("rl", lora_rank=[1, 4])]
+    assert labels == ["FullFT", "r1 alpha 32", "r4 alpha 32"]
+    path = tmp_path / "study.yaml"
+    path.write_text("method: rl\n")
+    with pytest.raises(ConfigError, match="a study decides method itself"):
+        load_study("rl", "smoke", path)
+    path.write_text("reward: exact_match\n")
+    with pytest.raises(ConfigError, match="reward is for method: rl"):
+        load_study("lr-ratio", "smoke", path)
+
+
 @pytest.mark.parametrize(
     "words",
     [

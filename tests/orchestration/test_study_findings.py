@@ -265,3 +265,61 @@ def test_rank_whose_best_rate_is_not_bounded_has_a_curve_all_the_same(tmp_path):
     rows = {row[0]: row for row in found["tables"][0]["rows"]}
     assert float(rows["r1 alpha 32"][4]) == pytest.approx(2.9, abs=0.03)
     assert rows["r1 alpha 32"][3] != "no curve"
+
+
+def rewarded(gain_of):
+    """minus the held-out reward: from 0.1 on up to a plateau that depends on the arm and the learning rate."""
+
+    def loss(candidate: Candidate, examples: int) -> float:
+        best = 8e-4 if candidate.full_finetune else 8e-3
+        away = math.log10(candidate.learning_rate / best)
+        rng = random.Random(f"{candidate}")
+        gain = max(0.0, gain_of(candidate) - 0.3 * away**2)
+        return -(0.1 + (gain + 0.005 * candidate.seed + rng.gauss(0, 0.002)) * examples / BUDGET)
+
+    return loss
+
+
+RL = {"lora_rank": [1, 4], "global_batch_size": 16, "max_completion_length": 8}
+
+
+def test_rl_rewards_of_the_arms_stand_as_rewards_with_their_gain_and_ratio(tmp_path):
+    found = Planted("rl", tmp_path / "run", rewarded(lambda _: 0.7), **RL).results()
+    assert found["objective"] == "eval_reward"
+    assert found["verdict"]["status"] == "supported"
+    assert "FullFT from 0.10 to 0.8" in found["verdict"]["sentence"]
+    gains = [c for c in found["claims"] if c["name"].startswith("learns")]
+    assert [c["arm"] for c in gains] == ["FullFT", "r1 alpha 32", "r4 alpha 32"]
+    assert [c["status"] for c in gains] == ["supported"] * 3
+    assert all(c["low"] < c["measured"] < c["high"] for c in gains)
+    assert all(c["measured"] == pytest.approx(0.705, abs=0.03) for c in gains)
+    ratios = [c for c in found["claims"] if c["name"] == "10 x FullFT"]
+    assert all(c["low"] < 10 < c["high"] for c in ratios)
+    assert "15 x (short runs)" not in {c["name"] for c in found["claims"]}
+    rewards = {row[0]: row for row in found["tables"][0]["rows"]}
+    assert rewards["r1 alpha 32"][2] == "0.100"
+    assert float(rewards["r1 alpha 32"][3]) == pytest.approx(0.805, abs=0.03)
+    curves = found["figures"][0]
+    assert curves["y_title"].startswith("eval_reward")
+    assert all(series["y"][-1] > 0.7 for series in curves["series"])
+    page = render(found)
+    assert "eval_reward" in page
+    assert "nats/token" not in page.split("<script")[0]
+
+
+def test_rl_arm_that_learns_nothing_is_not_said_to_learn(tmp_path):
+    by_rank = rewarded(lambda candidate: -0.02 if candidate.lora_rank == 1 else 0.7)
+    found = Planted("rl", tmp_path / "run", by_rank, **RL).results()
+    status = {c["arm"]: c["status"] for c in found["claims"] if c["name"].startswith("learns")}
+    assert status["r1 alpha 32"] != "supported"
+    assert status["FullFT"] == status["r4 alpha 32"] == "supported"
+
+
+def test_rl_lora_worse_than_full_finetuning_by_a_reward_has_a_negative_gap(tmp_path):
+    worse = rewarded(lambda candidate: 0.7 if candidate.full_finetune else 0.5)
+    found = Planted("rl", tmp_path / "run", worse, **RL).results()
+    table = next(t for t in found["tables"] if t["title"] == "LoRA against full fine-tuning")
+    assert table["headers"][3][0].startswith("best reward over FullFT's")
+    assert float(table["rows"][0][3]) == pytest.approx(-0.2, abs=0.02)
+    low, high = map(float, table["rows"][0][4].split(" to "))
+    assert low < -0.2 < high

@@ -112,7 +112,9 @@ def test_study_that_cannot_be_run_is_refused_in_one_line(tmp_path, keys, argumen
 def test_study_with_a_recipe_of_its_own_takes_no_points_of_others(tmp_path):
     done = ended(start(tmp_path, "study", "compute", "--preset", "smoke", "--reuse", "runs/x"))
     assert done.returncode == 2
-    assert "--reuse is for lr-ratio, rank, layers, batch; leave it out of compute" in done.stderr
+    assert (
+        "--reuse is for lr-ratio, rank, layers, batch, rl; leave it out of compute" in done.stderr
+    )
 
 
 def test_study_in_a_sweeps_folder_or_another_studys_is_refused(tmp_path, monkeypatch, capsys):
@@ -145,7 +147,7 @@ def test_report_of_a_study_is_written_again(tmp_path, capsys):
 def test_study_of_an_unknown_kind_is_refused(tmp_path):
     done = ended(start(tmp_path, "study", "lr", "--preset", "smoke"))
     assert done.returncode == 2
-    assert "KIND must be one of lr-ratio, rank, layers, batch, capacity, compute" in done.stderr
+    assert "KIND must be one of lr-ratio, rank, layers, batch, capacity, compute, rl" in done.stderr
 
 
 def test_study_whose_full_fine_tuning_fits_no_worker_is_refused_with_its_bytes(
