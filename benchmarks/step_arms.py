@@ -301,7 +301,7 @@ class TrlSteps:
                 parameter.data = parameter.data.float()
         self.ends: list[float] = []
         self.trainer.remove_callback(PrinterCallback)
-        self.trainer.add_callback(_end_times(self.ends))
+        self.trainer.add_callback(end_times(self.ends))
 
     def seconds(self, num_steps: int) -> float:
         self.ends.clear()
@@ -310,7 +310,8 @@ class TrlSteps:
         return self.ends[-1] - self.ends[TRL_WARMUP_STEPS - 1]
 
 
-def _end_times(ends: list[float]) -> Any:
+def end_times(ends: list[float]) -> Any:
+    """A callback of a trainer's that notes when each step ended."""
     from transformers import TrainerCallback
 
     class EndTimes(TrainerCallback):

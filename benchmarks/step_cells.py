@@ -143,15 +143,17 @@ def _measured(bench: Bench, tokens: int) -> dict[str, Any]:
     return measure_max_tokens(Pack(bench.base()), bench.shape, bench.lora_rank, tokens)
 
 
-def alternate(arms: dict[str, Seconds], options: Options) -> dict[str, list[float]]:
+def alternate(
+    arms: dict[str, Seconds], repeats: int, min_sample_s: float
+) -> dict[str, list[float]]:
     """Seconds of one step of each arm, `repeats` times, the arms in turn and every second time in
-    reverse, so that what else happens on the machine hits all alike."""
+    reverse, so that what else happens on the machine hits all alike. A sample lasts min_sample_s."""
     # The first step of an arm touches all its memory for the first time: it tells nothing of the others.
     warm = {name: seconds(1) for name, seconds in arms.items()}
     warm = {name: each if each > SLOW_S else arms[name](1) for name, each in warm.items()}
-    counts = {name: max(1, math.ceil(options.min_sample_s / each)) for name, each in warm.items()}
+    counts = {name: max(1, math.ceil(min_sample_s / each)) for name, each in warm.items()}
     found: dict[str, list[float]] = {name: [] for name in arms}
-    for repeat in range(options.repeats):
+    for repeat in range(repeats):
         for name in list(arms) if repeat % 2 == 0 else list(arms)[::-1]:
             found[name].append(arms[name](counts[name]) / counts[name])
     return found
@@ -165,7 +167,8 @@ def pack_cell(cell: Cell, ks: Sequence[int], options: Options) -> dict[str, Any]
     result: dict[str, Any] = {}
     alone: list[float] = []
     for k in [k for k in ks if k > 1]:
-        found = alternate({"1": _adapters(steps, 1), "k": _adapters(steps, k)}, options)
+        arms = {"1": _adapters(steps, 1), "k": _adapters(steps, k)}
+        found = alternate(arms, options.repeats, options.min_sample_s)
         alone += found["1"]
         each = [seconds / k for seconds in found["k"]]
         ratios = [a / b for a, b in zip(each, found["1"], strict=True)]
@@ -212,7 +215,7 @@ def loops_cell(cell: Cell, options: Options, *, real_rows: bool, full: bool) -> 
     rows = demo_rows(LOOP_TOKENS) if real_rows else None
     bench = bench_of(cell, options, rows, NO_HEAD)
     arms = one_at_a_time(bench, options.work, full=full)
-    found = alternate(arms, options)
+    found = alternate(arms, options.repeats, options.min_sample_s)
     for name, seconds in found.items():
         say(f"  {name}: {statistics.median(seconds) * 1e3:.1f} ms")
     mean, loss = (
