@@ -10,6 +10,7 @@ same command again goes on where it stopped.
 """
 
 import argparse
+import json
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -34,8 +35,7 @@ from benchmarks.step_arms import (
     ENDLESS,
     LORA_ALPHA,
     LORA_LR,
-    TRL_WARMUP_STEPS,
-    end_times,
+    TrainerSteps,
     model_folder,
 )
 from benchmarks.step_cells import alternate
@@ -43,7 +43,7 @@ from search_spaces.candidate import Candidate
 from trainers.base_model import BaseSpec, load_base
 from trainers.comm import Comm
 from trainers.data import DataSpec
-from trainers.paths import read_json_lines, write_json
+from trainers.paths import write_json
 from trainers.rewards import Reward
 from trainers.rl_spec import RLSpec
 from trainers.runs import Run
@@ -139,17 +139,17 @@ class OurSteps:
         return sum(run.tokens for run in self.runs) / episodes
 
 
-class TrlSteps:
-    """TRL's GRPOTrainer in its steady state, with the same prompts, rewards and settings."""
+class GrpoSteps(TrainerSteps):
+    """TRL's GRPOTrainer with the same prompts, rewards and settings."""
 
     def __init__(self, step: Step, model: Path, work: Path) -> None:
         from datasets import Dataset, disable_progress_bars
         from peft import LoraConfig
-        from transformers import AutoTokenizer, PrinterCallback
+        from transformers import AutoTokenizer
         from trl import GRPOConfig, GRPOTrainer
 
         disable_progress_bars()
-        rows = [{"prompt": r["prompt"], "answer": r["completion"]} for r in read_json_lines(TASK)]
+        rows = [json.loads(line) for line in TASK.read_text().splitlines()]
         reward = Reward(REWARD)
 
         def scored(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> Any:
@@ -157,7 +157,7 @@ class TrlSteps:
 
         spec = step.trial(model, work)
         linears = Station(spec, Comm()).shape.resolve_target(TARGET)
-        self.trainer = GRPOTrainer(
+        trainer = GRPOTrainer(
             model=load_base(spec.base),
             reward_funcs=scored,
             args=GRPOConfig(
@@ -180,7 +180,9 @@ class TrlSteps:
                 report_to="none",
                 disable_tqdm=True,
             ),
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=Dataset.from_list(
+                [{"prompt": row["prompt"], "answer": row["completion"]} for row in rows]
+            ),
             processing_class=AutoTokenizer.from_pretrained(BASE_MODEL, trust_remote_code=False),
             peft_config=LoraConfig(
                 task_type="CAUSAL_LM",
@@ -189,15 +191,7 @@ class TrlSteps:
                 target_modules=sorted({linear.name for linear in linears}),
             ),
         )
-        self.ends: list[float] = []
-        self.trainer.remove_callback(PrinterCallback)
-        self.trainer.add_callback(end_times(self.ends))
-
-    def seconds(self, num_steps: int) -> float:
-        self.ends.clear()
-        self.trainer.args.max_steps = num_steps + TRL_WARMUP_STEPS
-        self.trainer.train()
-        return self.ends[-1] - self.ends[TRL_WARMUP_STEPS - 1]
+        super().__init__(trainer)
 
 
 def main() -> None:
@@ -247,7 +241,7 @@ def measured(model: Path, step: Step) -> dict[str, Any]:
     torch.set_num_threads(step.threads)
     with tempfile.TemporaryDirectory() as folder:
         ours = OurSteps(step.trial(model, Path(folder)), max(KS))
-        trl = TrlSteps(step, model, Path(folder))
+        trl = GrpoSteps(step, model, Path(folder))
         found: dict[str, Any] = {}
         for k in KS:
             arms = {"alone": ours.seconds, "k": lambda n, k=k: ours.seconds(n, k) / k}

@@ -250,26 +250,39 @@ class HandSteps:
         return torch.from_numpy(ids).to(device), torch.from_numpy(labels).to(device)
 
 
-class TrlSteps:
-    """TRL's SFTTrainer in its steady state: the time from the end of one step to the end of the next.
+class TrainerSteps:
+    """A trainer of transformers' kind in its steady state: the time from the end of one step to the end of the next."""
 
-    Adapters in fp32 (TRL stores those of a 4-bit base in bf16), no gradient checkpointing.
-    """
+    def __init__(self, trainer: Any) -> None:
+        from transformers import PrinterCallback
+
+        self.trainer, self.ends = trainer, []
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_end_times(self.ends))
+
+    def seconds(self, num_steps: int) -> float:
+        self.ends.clear()
+        self.trainer.args.max_steps = num_steps + TRL_WARMUP_STEPS
+        self.trainer.train()
+        return self.ends[-1] - self.ends[TRL_WARMUP_STEPS - 1]
+
+
+class TrlSteps(TrainerSteps):
+    """TRL's SFTTrainer. Adapters in fp32 (TRL stores those of a 4-bit base in bf16), no gradient checkpointing."""
 
     def __init__(self, bench: Bench, model: Any, work: Path) -> None:
         from datasets import Dataset, disable_progress_bars
         from peft import LoraConfig
-        from transformers import AutoTokenizer, PrinterCallback
+        from transformers import AutoTokenizer
         from trl import SFTConfig, SFTTrainer
 
         disable_progress_bars()
-        self.bench = bench
         examples = [bench.rows.example(at) for at in range(len(bench.rows))]
         data = {
             "input_ids": [e.input_ids.tolist() for e in examples],
             "completion_mask": [e.loss_mask.astype(int).tolist() for e in examples],
         }
-        self.trainer = SFTTrainer(
+        trainer = SFTTrainer(
             model=model,
             args=SFTConfig(
                 output_dir=str(work / "trl"),
@@ -296,22 +309,13 @@ class TrlSteps:
                 target_modules=sorted({linear.name for linear in bench.linears}),
             ),
         )
-        for parameter in self.trainer.model.parameters():
+        for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        self.ends: list[float] = []
-        self.trainer.remove_callback(PrinterCallback)
-        self.trainer.add_callback(end_times(self.ends))
-
-    def seconds(self, num_steps: int) -> float:
-        self.ends.clear()
-        self.trainer.args.max_steps = num_steps + TRL_WARMUP_STEPS
-        self.trainer.train()
-        return self.ends[-1] - self.ends[TRL_WARMUP_STEPS - 1]
+        super().__init__(trainer)
 
 
-def end_times(ends: list[float]) -> Any:
-    """A callback of a trainer's that notes when each step ended."""
+def _end_times(ends: list[float]) -> Any:
     from transformers import TrainerCallback
 
     class EndTimes(TrainerCallback):

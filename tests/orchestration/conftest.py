@@ -10,6 +10,8 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from orchestration.config import make_config
+from orchestration.planning import Plan, make_plan
 from tests.orchestration.sweeps import BASE, FUNCTIONS, WHOLE, sweep, told
 
 # A Ray without a dashboard asks that of another on this machine, which may be of tests that run beside these, and
@@ -92,3 +94,20 @@ def qa_rows(count: int) -> list[dict[str, str]]:
 @pytest.fixture(name="qa_rows")
 def qa_rows_fixture() -> Callable[[int], list[dict[str, str]]]:
     return qa_rows
+
+
+@pytest.fixture
+def planned(workplace: Path, base: Path, write_rows) -> Callable[..., Plan]:
+    """The plan of the shipped base for a config, where None leaves a key out; data is 40 rows, held out are 10
+    others."""
+    rows = qa_rows(50)
+    write_rows("train.jsonl", rows[:40])
+    write_rows("held.jsonl", rows[40:])
+
+    def plan(**values: object) -> Plan:
+        if "dataset_tokens" not in values:
+            values = {"data": "train.jsonl", "eval": "held.jsonl"} | values
+        values = {key: value for key, value in values.items() if value is not None}
+        return make_plan(make_config({"model": str(base)} | values, "test"))
+
+    return plan

@@ -7,28 +7,13 @@ from tokenizers import Tokenizer
 
 from orchestration.config import make_config
 from orchestration.plan_json import plan_to_dict
-from orchestration.planning import default_name, make_budget, make_plan
+from orchestration.planning import default_name, make_budget
 from orchestration.show import show_plan
 from search_spaces.pruner import NothingAdmittedError
 
 ATTN_PER_RANK = 4 * (2 * (192 + 192) + 2 * (192 + 64))  # 4 layers: q and o, k and v
 MLP_PER_RANK = 4 * 3 * (192 + 512)
 ATTN_BITS = 2 * ATTN_PER_RANK
-
-
-@pytest.fixture
-def planned(workplace, base, write_rows, qa_rows):
-    """The plan of the shipped base for a config; data is 40 rows, held out are 10 others."""
-    rows = qa_rows(50)
-    write_rows("train.jsonl", rows[:40])
-    write_rows("held.jsonl", rows[40:])
-
-    def plan(**values):
-        if "dataset_tokens" not in values:
-            values = {"data": "train.jsonl", "eval": "held.jsonl"} | values
-        return make_plan(make_config({"model": str(base)} | values, "test"))
-
-    return plan
 
 
 def loss_tokens(base, rows) -> int:

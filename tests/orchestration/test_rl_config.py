@@ -11,7 +11,6 @@ from orchestration.cli import main
 from orchestration.config import ConfigError, local_inputs, make_config
 from orchestration.objective import LOSS, REWARD, objective_of
 from orchestration.plan_json import plan_to_dict
-from orchestration.planning import make_plan
 from orchestration.report import render
 from orchestration.results import TrialRecord, best_trial
 from orchestration.results_table import show_results
@@ -28,19 +27,9 @@ GIVEN = {"method": "rl", "reward": "exact_match"}
 
 
 @pytest.fixture
-def planned(workplace, base, write_rows, qa_rows):
-    """The plan of the shipped base for a config; data is 40 rows, held out are 10 others."""
-    rows = qa_rows(50)
-    write_rows("train.jsonl", rows[:40])
-    write_rows("held.jsonl", rows[40:])
-
-    def plan(**values):
-        if "data" not in values:
-            values = {"data": "train.jsonl", "eval": "held.jsonl"} | values
-        values = {key: value for key, value in values.items() if value is not None}
-        return make_plan(make_config({"model": str(base)} | GIVEN | values, "test"))
-
-    return plan
+def planned(planned):
+    """As in conftest.py, of a sweep by rewards."""
+    return lambda **values: planned(**GIVEN | values)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +75,7 @@ def test_bits_are_one_for_each_episode(planned):
     assert plan.dataset_bits == 100 * 16
     assert plan_to_dict(plan)["rl"]["num_episodes"] == 1600
     assert planned(examples=30).dataset_bits == 30 * 8
-    assert planned(data=None, reward=None, examples=10**4).dataset_bits == 8 * 10**4
+    assert planned(data=None, eval=None, reward=None, examples=10**4).dataset_bits == 8 * 10**4
 
 
 def test_ranks_without_room_for_the_episodes_are_discarded(planned):
