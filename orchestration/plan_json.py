@@ -76,7 +76,7 @@ def _episodes(plan: Plan) -> dict[str, Any] | None:
         return None
     prompts = plan.budget.num_examples if plan.budget else plan.config.examples or 0
     episodes = prompts * spec.num_generations
-    return asdict(spec) | {"num_prompts": prompts, "num_episodes": episodes}
+    return spec.described() | {"num_prompts": prompts, "num_episodes": episodes}
 
 
 def coverage(shape: ModelShape, target: tuple[str, ...]) -> dict[str, Any]:

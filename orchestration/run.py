@@ -138,7 +138,7 @@ def _go_on(run: RunPaths, place: str, address: str | None) -> int:
     plan = _checked_plan(
         config, measured_of(was), Inventory(**planned_for) if planned_for else None
     )
-    _require_same_plan(run, plan)
+    require_same_plan(run, plan)
     console = PlainConsole()
     console.print(f"resuming {place}", markup=False)
     return _train(plan, run, console, lambda fitted, as_json: None)
@@ -201,7 +201,7 @@ def _fitted(plan: Plan, inventory: Inventory, console: Console) -> Plan:
     return fitted
 
 
-def _require_same_plan(run: RunPaths, plan: Plan) -> None:
+def require_same_plan(run: RunPaths, plan: Plan) -> None:
     """A resumed sweep trains what was planned, on data that did not change."""
     was, now = read_state(run.plan), plan_to_dict(plan)
     for key in (
@@ -212,6 +212,7 @@ def _require_same_plan(run: RunPaths, plan: Plan) -> None:
         "seq_len",
         "data",
         "retention",
+        "rl",
     ):
         if was[key] != now[key]:
             raise ValueError(

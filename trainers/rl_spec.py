@@ -1,9 +1,11 @@
 """What a trial of reinforcement learning is told beside what every trial is told. Pure: no torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from trainers.integrity import file_sha256
 from trainers.rewards import file_of
 
 
@@ -27,6 +29,13 @@ class RLSpec:
     def files(self) -> list[str]:
         """The files of the user's that rewards are in."""
         return [path for name in self.reward if (path := file_of(name))]
+
+    def described(self) -> dict[str, Any]:
+        """All of it, with the checksum of each file (None: no such file): a run goes on with the rewards that it
+        began with."""
+        found = {file: Path(file).expanduser() for file in self.files}
+        sums = {file: file_sha256(path) if path.is_file() else None for file, path in found.items()}
+        return asdict(self) | {"files": sums}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> "RLSpec":

@@ -166,7 +166,7 @@ def fixed_facts(config: StudyConfig, plan: Plan) -> dict[str, Any]:
     )
     spec = rl_spec(config)
     return {
-        **({"rl": vars(spec) | {"reward": dict(spec.reward)}} if spec else {}),
+        **({"rl": spec.described()} if spec else {}),
         "model": {"num_params": plan.shape.num_params, "hidden_size": plan.shape.hidden_size},
         "data": plan.audit.to_dict(),
         "budget": {

@@ -14,13 +14,14 @@ from orchestration.plan_json import plan_to_dict
 from orchestration.report import render
 from orchestration.results import TrialRecord, best_trial
 from orchestration.results_table import show_results
+from orchestration.run import require_same_plan
 from orchestration.show import show_plan
 from search_spaces import doctrine
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import grid_candidates
 from search_spaces.space import build_space
 from tests.trainers.tiny import TINY_LLAMA
-from trainers.paths import RunPaths
+from trainers.paths import RunPaths, write_state
 
 LLAMA = TINY_LLAMA | {"model_type": "llama"}
 GIVEN = {"method": "rl", "reward": "exact_match"}
@@ -113,6 +114,20 @@ def test_file_of_a_reward_is_an_input_of_the_sweep(workplace, base):
         {"model": str(base), "data": "train.jsonl", "method": "rl", "reward": "mine.py:score"}, "t"
     )
     assert local_inputs(config) == ["train.jsonl", "mine.py"]
+
+
+def test_run_goes_on_with_the_rewards_that_it_began_with(workplace, planned):
+    file, run = workplace / "mine.py", RunPaths(workplace / "runs" / "run")
+    file.write_text("def score(completions, **_): return [0.0] * len(completions)\n")
+    began = planned(reward="mine.py:score")
+    write_state(run.plan, plan_to_dict(began))
+    require_same_plan(run, began)
+    file.write_text(file.read_text().replace("0.0", "1.0"))
+    with pytest.raises(
+        ValueError, match=r"must plan the same rl, .*files \{'mine\.py': '"
+    ) as error:
+        require_same_plan(run, planned(reward="mine.py:score"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
