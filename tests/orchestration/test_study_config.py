@@ -20,6 +20,7 @@ from orchestration.studies.config import (
     write_study_yaml,
 )
 from search_spaces.candidate import Candidate
+from trainers.paths import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "trainers" / "assets" / "tiny-llama"
@@ -46,7 +47,8 @@ def test_presets_of_every_kind_are_configs(kind, preset):
 
 def test_studies_in_docs_are_configs():
     for path in ROOT.glob("docs/studies/*/study.yaml"):
-        assert load_study("lr-ratio", None, path).model
+        kind = read_json(path.with_name("results.json"))["kind"]
+        assert load_study(kind, None, path).model
 
 
 def test_presets_know_no_kind_that_is_not_there():

@@ -113,7 +113,7 @@ def test_prune_unknown_policy_or_target_refused(tiny_llama):
 
 
 def test_prune_rl_episodes_are_one_bit_each(tiny_llama):
-    facts = DatasetFacts.from_episodes(32_768)
+    facts = DatasetFacts.from_episodes(4096, 8)
     assert prune([_candidate()], tiny_llama, facts.bits).admitted == (_candidate(),)
 
 

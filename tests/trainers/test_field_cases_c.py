@@ -33,7 +33,10 @@ HANG_S = 60
 def scripted(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
     """Lets the base lose 9 and evaluation after evaluation these."""
     made = iter((9.0, *losses))
-    monkeypatch.setattr(Trainer, "_losses", lambda trainer, run: (next(made), 1.0, None))
+    others = {"eval_bits_per_byte": 1.0, "retention_loss": None}
+    monkeypatch.setattr(
+        Trainer, "_scores_of", lambda trainer, run: {"eval_loss": next(made)} | others
+    )
 
 
 def test_c04_every_report_of_a_trial_that_trains_between_evaluations_has_the_metric(

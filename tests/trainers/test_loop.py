@@ -136,7 +136,7 @@ def test_loop_first_step_every_lora_b_has_a_gradient(rows, held_out):
     trainer = Trainer(pack, RowSource(rows, 0, CPU), RowSource(held_out, 0, CPU), limits=LIMITS)
     run = new_run(pack, 0, SPEC)
     trainer.begin_batches([run])
-    trainer._micro_step([run], [run.share.rows])
+    trainer._micro_step([run], trainer.train_rows, [run.share.rows])
     b_gradients = {n: g for n, g in run.slot.gradients.items() if ".lora_B." in n}
     assert len(b_gradients) == 2 * 7 + 1
     assert all(bool(gradient.any()) for gradient in b_gradients.values())
