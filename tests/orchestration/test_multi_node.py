@@ -1,5 +1,6 @@
 """Sweeps on a cluster of several raylets: nodes that die, come back, stay away, or are taken away with a notice."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,10 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
+from cluster.inventory import TrialDemand
+from orchestration.config import load_config
+from orchestration.packs import measurement
+from orchestration.planning import make_plan
 from orchestration.pool import Pool
 from tests.orchestration.sweeps import (
     WHOLE,
@@ -86,6 +91,16 @@ def ready_groups(pool: Pool) -> dict[str, dict[str, Any]]:
 # Whole sweeps
 
 
+def copy_measurement(folder: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a cluster's workers find measured what this machine's did: numbers are equal to the last bit only where
+    forwards are of one size."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TENFOLD_CACHE", str(folder / "cache"))
+    demand = TrialDemand(num_workers=1, cpus_per_worker=2, gpus_per_worker=0)
+    configs = load_config(Path("sweep.yaml")), load_config(Path("sweep.yaml"), address=address)
+    shutil.copyfile(*(measurement(make_plan(config), demand)["path"] for config in configs))
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("cluster", [2], indirect=True)
 def test_sweep_that_loses_a_node_and_then_all_says_so_and_resumes_to_undisturbed_numbers(
@@ -93,6 +108,7 @@ def test_sweep_that_loses_a_node_and_then_all_says_so_and_resumes_to_undisturbed
 ):
     monkeypatch.setenv("TENFOLD_GROUP_WAIT_S", WAIT_S)
     run = write_config(whole_folder, **WHOLE)
+    copy_measurement(whole_folder, cluster.address, monkeypatch)
     sweep = start(whole_folder, "sweep", "sweep.yaml", "--address", cluster.address)
     wait_until(lambda: len(list(run.glob("trials/*/checkpoint"))) > 1, sweep)  # both are at work
     kill(cluster, next(iter(cluster.worker_nodes)))

@@ -210,28 +210,3 @@ def test_sweep_of_real_files_of_two_shapes_runs_through(tmp_path):
     assert done.returncode == 0, told(done)
     (status,) = statuses(run).values()
     assert (status["status"], status["examples"]) == ("finished", 32)
-
-
-@pytest.mark.slow
-def test_sweep_stopped_trials_leave_nothing_behind_and_keep_their_scores(tmp_path):
-    run, done = sweep(
-        tmp_path,
-        lora_rank=4,
-        learning_rate=[1e-6, 1e-2, 1e-6 * 2, 4e-6],
-        examples=160,
-        eval_every=32,
-        eval=0.01,
-        quantization="none",
-        dtype="fp32",
-        reduction_factor=2,
-        **ONE_GROUP,
-    )
-    assert done.returncode == 0, told(done)
-    found = statuses(run)
-    assert {status["status"] for status in found.values()} == {"finished", "stopped"}
-    for name, status in found.items():
-        if status["status"] == "stopped":
-            assert status["examples"] < 160
-            assert (run / "trials" / name / "best" / "adapter_model.safetensors").exists()
-    results = [name for name, status in found.items() if status["status"] == "finished"]
-    assert any(name.startswith("r4-lr1.0e-02") for name in results)

@@ -54,7 +54,10 @@ def test_rl_sweep_killed_and_resumed_stops_the_poor_ends_and_exports_the_best(tm
     records = read_trials(RunPaths(run))
     ends = {record.candidate["learning_rate"]: record.status for record in records}
     assert (ends[1e-9], ends[1e-8]) == ("stopped", "stopped")
-    assert "finished" in ends.values()
+    assert set(ends.values()) == {"finished", "stopped"}
+    for name, status in statuses(run).items():
+        assert (status["examples"] < 192) == (status["status"] == "stopped")
+        assert (run / "trials" / name / "best" / "adapter_model.safetensors").exists()
     after = losses(run)
     assert all(after[name][: len(each) - 1] == each[:-1] for name, each in before.items() if each)
     best = best_trial(records)

@@ -53,13 +53,13 @@ def no_room_for(trainer_class, rate: str) -> None:
 def _limit(trainer_class, has_none) -> None:
     micro_step = trainer_class._micro_step
 
-    def limited(self, chosen, rows):
+    def limited(self, chosen, source, rows):
         import torch
 
-        width = max(int(self.train_rows.lengths[part].max()) for part in rows)
+        width = max(int(source.lengths[part].max()) for part in rows)
         if any(has_none(run, sum(map(len, rows)) * width) for run in chosen):
             torch.empty(BYTES, dtype=torch.uint8)  # the allocator's own error
-        return micro_step(self, chosen, rows)
+        return micro_step(self, chosen, source, rows)
 
     trainer_class._micro_step = limited
 
