@@ -1,7 +1,7 @@
 """What a step of reinforcement learning costs: K adapters sampled and trained together against one alone, and against
 TRL's GRPOTrainer.
 
-    python benchmarks/rl_step.py                       # the shipped base, K = 1 2 4 8
+    python benchmarks/rl_step.py                       # the shipped base, K = 2 4 8
     python benchmarks/rl_step.py --widths 192 512      # and one with random weights
 
 A step is 16 prompts of the shipped task with 8 completions each: sampling, scoring, one forward and backward over all
@@ -35,6 +35,7 @@ from benchmarks.step_arms import (
     ENDLESS,
     LORA_ALPHA,
     LORA_LR,
+    Seconds,
     TrainerSteps,
     model_folder,
 )
@@ -53,7 +54,7 @@ TASK = BASE_MODEL.parent / "rl" / "parameters.jsonl"
 REWARD = {r"regex:\A (\w+)\W": 1.0}
 TARGET = ("attn", "mlp")
 """Not the head: TRL 1.16 refuses an adapter on lm_head."""
-KS, WIDTHS = (1, 2, 4, 8), (192,)
+KS, WIDTHS = (2, 4, 8), (192,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +130,10 @@ class OurSteps:
             if ended := [run.reason for run in active if run.status != "running"]:
                 raise RuntimeError(f"a benchmark's run must not end: {ended[0]}")
         return time.perf_counter() - began
+
+    def each_of(self, num_adapters: int) -> Seconds:
+        """Seconds that an adapter's steps take beside others."""
+        return lambda num_steps: self.seconds(num_steps, num_adapters) / num_adapters
 
     @property
     def episode_tokens(self) -> float:
@@ -242,20 +247,17 @@ def measured(model: Path, step: Step) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ours = OurSteps(step.trial(model, Path(folder)), max(KS))
         trl = GrpoSteps(step, model, Path(folder))
+        trl_found = paired({"alone": ours.seconds, "k": trl.seconds}, step)
+        say(f"  TRL: {spread_text(trl_found['ratio'])} of one alone")
         found: dict[str, Any] = {}
         for k in KS:
-            arms = {"alone": ours.seconds, "k": lambda n, k=k: ours.seconds(n, k) / k}
-            found[str(k)] = paired(
-                arms if k > 1 else {"alone": ours.seconds, "k": trl.seconds}, step
-            )
-            say(
-                f"  {'K=' + str(k) if k > 1 else 'TRL'}: {spread_text(found[str(k)]['ratio'])} of one alone"
-            )
-    trl_part = found.pop("1")
-    return {"trl": trl_part, "k": found, "episode_tokens": ours.episode_tokens}
+            arms: dict[str, Seconds] = {"alone": ours.seconds, "k": ours.each_of(k)}
+            found[str(k)] = paired(arms, step)
+            say(f"  K={k}: {spread_text(found[str(k)]['ratio'])} of one alone")
+    return {"trl": trl_found, "k": found, "episode_tokens": ours.episode_tokens}
 
 
-def paired(arms: dict[str, Any], step: Step) -> dict[str, list[float]]:
+def paired(arms: dict[str, Seconds], step: Step) -> dict[str, list[float]]:
     """Seconds of both arms, and their ratio sample by sample."""
     found = alternate(arms, step.repeats, step.min_sample_s)
     return found | {"ratio": [k / one for k, one in zip(found["k"], found["alone"], strict=True)]}
