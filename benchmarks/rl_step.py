@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,6 @@ from benchmarks.common import (
 from benchmarks.step_arms import (
     ENDLESS,
     LORA_ALPHA,
-    LORA_LR,
     Seconds,
     TrainerSteps,
     model_folder,
@@ -51,10 +51,18 @@ from trainers.runs import Run
 from trainers.sft_trainer import Station, TrialSpec, run_spec
 
 TASK = BASE_MODEL.parent / "rl" / "parameters.jsonl"
-REWARD = {r"regex:\A (\w+)\W": 1.0}
+REWARD = {f"{Path(__file__).resolve()}:even_share": 1.0}
+"""One by which the completions of every prompt differ: episodes that earn what the others do are not trained on."""
+LR = 1e-9
+"""The policy stays what it was, so that every step of every arm has episodes of one length."""
 TARGET = ("attn", "mlp")
 """Not the head: TRL 1.16 refuses an adapter on lm_head."""
 KS, WIDTHS = (2, 4, 8), (192,)
+
+
+def even_share(completions: Sequence[str], **_: Any) -> list[float]:
+    """The share of characters with an even number."""
+    return [sum(ord(c) % 2 == 0 for c in text) / max(1, len(text)) for text in completions]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +88,7 @@ class Step:
     def trial(self, model: Path, folder: Path) -> TrialSpec:
         """A trial whose station the steps are made on."""
         candidate = Candidate(
-            learning_rate=LORA_LR,
+            learning_rate=LR,
             lora_rank=self.lora_rank,
             lora_alpha=LORA_ALPHA,
             global_batch_size=self.prompts,
@@ -170,7 +178,7 @@ class GrpoSteps(TrainerSteps):
                 per_device_train_batch_size=step.prompts * step.num_generations,
                 num_generations=step.num_generations,
                 max_completion_length=step.max_completion_length,
-                learning_rate=LORA_LR,
+                learning_rate=LR,
                 lr_scheduler_type="constant",
                 loss_type="dapo",
                 scale_rewards="none",
@@ -224,7 +232,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--min-sample-s", type=float, default=4.0)
+    parser.add_argument("--min-sample-s", type=float, default=2.0)
     parser.add_argument("--lora-rank", type=int, default=4)
     parser.add_argument("--max-completion-length", type=int, default=16)
     return parser.parse_args()
