@@ -30,9 +30,9 @@ def imports_of(path: Path, package: str) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
             ("import_module", "__import__")
         ):
-            if path == IMPORTS_USERS_CODE:
-                continue
             (name, *_) = node.args
+            if path == IMPORTS_USERS_CODE and not isinstance(name, ast.Constant):
+                continue
             assert isinstance(name, ast.Constant), f"{path}:{node.lineno}: a computed import"
             yield node.lineno, str(name.value).split(".")[0]
 

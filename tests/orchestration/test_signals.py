@@ -337,6 +337,15 @@ def _driven(folder: Path, *command: str, **variables: str) -> Watched:
     return Watched(start(folder, *command, module=STUBS, own_session=True, **paced))
 
 
+def _in_a_rung(folder: Path, *command: str, **variables: str) -> Watched:
+    """A driver whose workers have just told more evaluations of a run."""
+    run = folder / "runs" / "run"
+    before = _num_rows(run)
+    watched = _driven(folder, *command, **variables)
+    watched.wait_for(lambda: _num_rows(run) >= before + 4)
+    return watched
+
+
 def _writing_its_report(folder: Path) -> Watched:
     held = folder / "report-held"
     held.touch()
@@ -355,19 +364,21 @@ def test_c15_run_that_signals_end_again_and_again_goes_on_to_its_end(tmp_path):
     held.touch()
     watched = _driven(tmp_path, "sweep", "sweep.yaml", TENFOLD_STUB_HELD=str(held))
     watched.wait_for(lambda: list(tmp_path.glob("held.*")))  # its workers load
-    _interrupt_twice(watched)
+    watched.interrupted(signal.SIGTERM)
     assert statuses(run) == {}
-    assert _num_rows(run) == 0
+    _interrupt_twice(_in_a_rung(tmp_path, "resume", "runs/run"))
+    before = _num_rows(run)
     # Field case C15: Ctrl-C to a stub trial with a DataLoader of 2 workers.
-    watched = _driven(tmp_path, "resume", "runs/run", TENFOLD_STUB_LOADERS="2")
-    watched.wait_for(lambda: _num_rows(run) >= 4)  # in a rung
+    watched = _in_a_rung(tmp_path, "resume", "runs/run", TENFOLD_STUB_LOADERS="2")
     loaders = [p for p in watched.look() if p.name() == "pt_data_worker"]
     assert len(loaders) >= 2, [p.name() for p in watched.below]
     done = watched.interrupted(signal.SIGINT, group=True)
     assert not processes_of(tmp_path)
     assert one_line_with("`tenfold resume runs/run` goes on", done)
     assert (run / "report.html").is_file()  # of what there is
-    assert _num_rows(run) >= 4
+    assert _num_rows(run) >= before + 4
+    watched = _in_a_rung(tmp_path, "resume", "runs/run")
+    done = watched.interrupted(signal.SIGTERM, group=True)  # as Slurm and systemd send it
     assert "failed" not in {status["status"] for status in statuses(run).values()}, told(done)
     done = _writing_its_report(tmp_path).interrupted(signal.SIGINT, group=True)
     assert_goes_on(tmp_path, done, LONG["examples"])

@@ -26,9 +26,9 @@ from tests.orchestration.watched import Watched, one_line_with
 from trainers.paths import read_json, write_state
 
 
-def study(folder, *arguments: str, own_session: bool = False):
+def study(folder, *arguments: str):
     folder.mkdir(parents=True, exist_ok=True)
-    return start(folder, "study", "lr-ratio", *arguments, own_session=own_session)
+    return start(folder, "study", "lr-ratio", *arguments)
 
 
 @pytest.mark.ray
@@ -44,10 +44,10 @@ def test_study_killed_and_interrupted_ends_complete_and_ran_nothing_twice(tmp_pa
     process.send_signal(signal.SIGKILL)
     process.communicate()
     killed = _ended_trials(run)
-    watched = Watched(study(tmp_path, *command, own_session=True))
+    watched = Watched(study(tmp_path, *command))
     watched.wait_for(lambda: len(statuses(run)) > len(killed))
-    done = watched.interrupted(signal.SIGTERM, group=True)  # as Slurm and systemd send it
-    assert one_line_with("goes on with it", done), told(done)  # in order, or at once without Ray
+    done = watched.interrupted(signal.SIGTERM)
+    assert one_line_with("the same command goes on with it", done), told(done)
     interrupted = _ended_trials(run)
     assert "failed" not in {status["status"] for status in statuses(run).values()}
     done = ended(study(tmp_path, *command))
