@@ -44,6 +44,7 @@ class Recorder:
     ) -> None:
         self.spec, self.probe, self.paths, self.report = spec, probe, paths, report
         self.writes = probe.comm.world_rank == 0
+        self.has_ended = False
         # The checkpoint's rows, whatever metrics.jsonl holds: what came after will be written again.
         self.rows = checkpoint.rows if checkpoint else []
         self._together(lambda: self._take_up(checkpoint))
@@ -141,7 +142,10 @@ class Recorder:
         self._together(lambda: self.write_failure(self.paths, error, run.examples, run.steps))
 
     def finish(self, run: Run) -> None:
-        """Writes how the trial ended."""
+        """Writes how the trial ended, once: a trial whose status.json is there is not written to any more."""
+        if self.has_ended:
+            return
+        self.has_ended = True
 
         def write() -> None:
             self.write_status(self.paths, run.status, run.reason, run.examples, run.steps)

@@ -20,6 +20,7 @@ from tests.trainers.links import (
 )
 from tests.trainers.tiny import tiny_model
 from tests.trainers.trials import CANDIDATE, numbers, trial
+from trainers import recorder
 from trainers.base_model import BaseSpec, load_base
 from trainers.comm import Comm
 from trainers.pack_server import PackServer
@@ -140,6 +141,18 @@ def test_server_row_is_on_disk_and_the_last_with_its_status_before_it_is_told(ma
         assert told.status is None or told.status["status"] == "finished"
     assert lasts == 2
     assert [link.end(spec)["status"] for spec in specs] == ["finished", "finished"]
+
+
+def test_server_writes_the_end_of_a_trial_once(make, monkeypatch):
+    finished, diverging = make("a"), make("b", learning_rate=1e6)
+    written, write = [], recorder.write_state
+    monkeypatch.setattr(
+        recorder, "write_state", lambda path, values: (written.append(path), write(path, values))
+    )
+    link = FakeLink([enter(finished), enter(diverging)])
+    serve(link)
+    assert [link.end(t)["status"] for t in (finished, diverging)] == ["finished", "diverged"]
+    assert sorted(written) == [TrialPaths(t.folder).status for t in (finished, diverging)]
 
 
 def test_server_entering_twice_is_one_trial(make):
