@@ -18,6 +18,13 @@ from pydantic import (
 )
 
 from cluster.gpus import parse_inventory
+from orchestration.choice_config import (
+    check_metric,
+    check_select,
+    require_choice_keys,
+    seconds_of,
+    task_spec,
+)
 from orchestration.config_checks import check_data, check_prior, check_reward, check_texts
 from orchestration.rl_config import require_method_keys, rl_spec
 from orchestration.yaml_file import ConfigError, read_values, shortened, texts_in
@@ -185,6 +192,23 @@ class SweepConfig(BaseModel):
     """Folder that holds runs/NAME, shared by all nodes of a cluster, or a URL (s3://BUCKET/runs, gs://...)."""
     tracking: list[Literal["wandb", "tensorboard"]] = []
 
+    metric: str | dict[str, float] = "eval_loss"
+    """What trials are judged by: eval_loss, bits_per_byte, or what the answers to held-out rows earn, named as for
+    reward: exact_match, numeric_answer, regex:PATTERN, ..., or several with weights."""
+    metric_rows: PositiveInt | None = None
+    """Held-out rows that are answered at each evaluation for a metric of answers; default: 128."""
+    select: str = "best"
+    """best, or lowest_lr_within 0.5%: of the trials that are worse than the best by no more, the one with the lowest
+    learning rate."""
+    max_forgetting: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Most that retention_loss may have risen over the base's, nats/token, in an evaluation that is chosen."""
+    confirm: Annotated[int, Field(ge=0, le=MAX_POINTS)] = 0
+    """New seeds, at least 2, on which the best two candidates are trained again before one is chosen."""
+    time_budget: str | None = None
+    """What training may take, as 90m, 2h or 1h30m, over all resumes; then the best so far is kept."""
+    max_cost: Positive | None = None
+    """What the GPUs may cost at price_per_gpu_hour; then the best so far is kept."""
+
     @field_validator("tracking", mode="before")
     @classmethod
     def _one_tracker(cls, value: Any) -> Any:
@@ -206,8 +230,10 @@ class SweepConfig(BaseModel):
             raise ValueError(f"{key} {must} be true or false, got {value!r}")
         if key == "data":
             check_data(value)
-        if key == "reward":
-            check_reward(value)
+        if key in ("reward", "metric"):
+            check_reward(key, value)
+        if key == "metric":
+            check_metric(value)
         if key in COUNTS:
             value = _whole(value)
         if value is not None and key == "target":
@@ -220,6 +246,19 @@ class SweepConfig(BaseModel):
     @classmethod
     def _folder(cls, value: str) -> str:
         return checked_url(value) if is_url(value) else value
+
+    @field_validator("select")
+    @classmethod
+    def _choice(cls, value: str) -> str:
+        check_select(value)
+        return value
+
+    @field_validator("time_budget")
+    @classmethod
+    def _duration(cls, value: str | None) -> str | None:
+        if value is not None:
+            seconds_of(value)
+        return value
 
     @field_validator("name")
     @classmethod
@@ -235,6 +274,7 @@ class SweepConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> "SweepConfig":
         require_method_keys(self)
+        require_choice_keys(self)
         if self.method == "sft" and (self.data is None) == (self.dataset_tokens is None):
             raise ValueError(
                 "give data (a file, folder or hub id), or instead dataset_tokens for plan alone"
@@ -309,7 +349,7 @@ def local_inputs(config: SweepConfig) -> list[str]:
     """What a sweep reads of this machine's disk beside its model, so that workers elsewhere must find it."""
     data = [config.data] if isinstance(config.data, str) else list(config.data or {})
     held_out = [config.eval] if isinstance(config.eval, str) else []
-    spec = rl_spec(config)
+    spec = rl_spec(config) or task_spec(config)
     rewards = spec.files if spec else []
     return local_files([*data, *held_out, config.retention, config.chat_template, *rewards])
 

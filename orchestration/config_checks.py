@@ -30,7 +30,7 @@ def check_data(value: Any) -> None:
         )
 
 
-def check_reward(value: Any) -> None:
+def check_reward(key: str, value: Any) -> None:
     """A reward's name, or several with weights.
 
     Raises:
@@ -43,7 +43,7 @@ def check_reward(value: Any) -> None:
     names = all(isinstance(name, str) for name in value) if weights else False
     if not names or not all(is_number) or not all(0 < abs(w) <= MAX_WEIGHT for w in weights):
         raise ValueError(
-            f"reward must be a name, or several with weights (not 0, at most {MAX_WEIGHT:,}; "
+            f"{key} must be a name, or several with weights (not 0, at most {MAX_WEIGHT:,}; "
             f"{{numeric_answer: 1}}), got {value!r}"
         )
 
