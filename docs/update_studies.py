@@ -128,7 +128,10 @@ def main() -> None:
         add(Path(name))
     block = f"<!-- studies -->\n{section()}\n<!-- end studies -->"
     text, count = re.subn(
-        r"<!-- studies -->.*?<!-- end studies -->", lambda _: block, PAGE.read_text(), flags=re.DOTALL
+        r"<!-- studies -->.*?<!-- end studies -->",
+        lambda _: block,
+        PAGE.read_text(),
+        flags=re.DOTALL,
     )
     assert count == 1, "docs/studies.md must hold the two markers once"
     PAGE.write_text(text)
