@@ -2,7 +2,6 @@
 
 import ast
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -74,18 +73,17 @@ def user_errors() -> frozenset[str]:
     return frozenset(found)
 
 
-def raised() -> Iterator[tuple[str, str, str]]:
+@cache
+def raised() -> tuple[tuple[str, str, str], ...]:
     """(place, class, template) of every error for a user that has words of its own."""
-    for path, tree in trees().items():
-        for node in ast.walk(tree):
-            if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)):
-                continue
-            name, args = ast.unparse(node.exc.func), node.exc.args
-            if name not in user_errors() or not args:
-                continue
-            text = template_of(args[0])
-            if len(re.findall(r"[a-z]", text)) >= 8:
-                yield f"{path}:{node.lineno}", name, text
+    return tuple(
+        (f"{path}:{node.lineno}", name, text)
+        for path, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args
+        if (name := ast.unparse(node.exc.func)) in user_errors()
+        if len(re.findall(r"[a-z]", text := template_of(node.exc.args[0]))) >= 8
+    )
 
 
 def quotes() -> list[str]:
@@ -93,10 +91,17 @@ def quotes() -> list[str]:
     return re.findall(r"^\| `([^`]+)` \|", PAGE, flags=re.MULTILINE)
 
 
+@cache
+def pattern_of(quote: str) -> tuple[tuple[str, ...], re.Pattern[str]]:
+    """The parts of a quote, and how a text begins that has them."""
+    parts = tuple(quote.split("..."))
+    return parts, re.compile(r"[\s\S]*?".join(map(re.escape, parts)))
+
+
 def is_of(quote: str, template: str) -> bool:
     """Whether a text of the source begins as a quote does, where ... stands for anything."""
-    parts = [re.escape(part) for part in quote.split("...")]
-    return re.match(r"[\s\S]*?".join(parts), template) is not None
+    parts, pattern = pattern_of(quote)
+    return all(part in template for part in parts) and pattern.match(template) is not None
 
 
 def test_troubleshooting_quotes_at_least_a_hundred_lines_none_twice():
