@@ -50,9 +50,11 @@ def fill(folder: Path) -> None:
     (folder / "empty.jsonl").touch()
     (folder / "folder").mkdir()
     (folder / "template.jinja").write_text(TEMPLATE)
-    for name in ("base", "模型", "two words", "meta-llama/Llama-3.1-8B"):
+    for name in ("base", "模型", "two words", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).symlink_to(BASE)
+    (folder / "gsm8k").mkdir()
+    (folder / "gsm8k" / "train.jsonl").write_text(lines)
     (folder / "Llama-3.1-70B").mkdir()
     shutil.copy(BASE / "config.json", folder / "Llama-3.1-70B" / "config.json")
     for name in ("assets", "trainers/assets"):
@@ -362,9 +364,9 @@ def structured(draw: st.DrawFn) -> ConfigCase:
 def shipped_texts() -> dict[str, str]:
     """Every YAML of ours that a user meets: name -> text."""
     found = {path.name: path.read_text() for path in sorted((ROOT / "benchmarks").glob("*.yaml"))}
-    for path in (ROOT / "README.md", ROOT / "docs" / "scaling.md"):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         blocks = re.findall(r"```yaml\n(.*?)```", path.read_text(), re.DOTALL)
-        found |= {f"{path.name} {n}": block for n, block in enumerate(blocks)}
+        found |= {f"{path.relative_to(ROOT)} {n}": block for n, block in enumerate(blocks)}
     for preset in PRESETS:
         for kind in KINDS:
             values = {"model": "assets/tiny-llama", **preset_values(kind, preset)}
