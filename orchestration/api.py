@@ -4,6 +4,7 @@ It may be called from any thread, beside a running asyncio loop (Jupyter) and in
 Ray of its own, which then stays. Nothing is printed but what a sweep says while it runs; no signal is handled.
 """
 
+import numbers
 import os
 import posixpath
 from collections.abc import Iterator
@@ -154,7 +155,7 @@ class Sweep:
         from orchestration.trial_verb import clone_trial
 
         with _one_line():
-            return clone_trial(self.place, trial, changes)[0]
+            return clone_trial(self.place, trial, _plain(changes))[0]
 
     # What there is of it
 
@@ -216,24 +217,29 @@ def _read(config: str | os.PathLike[str] | None, keys: dict[str, Any]) -> tuple[
     """A config, and the text that is kept as its sweep.yaml."""
     import yaml
 
+    given = _plain(keys)
     if config is None:
-        if not keys:
+        if not given:
             raise ValueError("Sweep must be given a sweep.yaml, or model= and data=, got nothing")
-        return make_config(dict(keys), "Sweep"), yaml.safe_dump(_plain(keys), sort_keys=False)
+        return make_config(dict(given), "Sweep"), yaml.safe_dump(given, sort_keys=False)
     path = Path(config)
-    checked = load_config(path, **keys)
-    if keys.keys() <= AS_FLAGS:
+    checked = load_config(path, **given)
+    if given.keys() <= AS_FLAGS:
         return checked, path.read_text(encoding="utf-8")
-    return checked, yaml.safe_dump(read_values(path) | _plain(keys), sort_keys=False)
+    return checked, yaml.safe_dump(read_values(path) | given, sort_keys=False)
 
 
 def _plain(value: Any) -> Any:
-    """A value as YAML holds it: paths are texts, tuples lists."""
+    """A value as YAML holds it: paths are texts, tuples lists, numbers of numpy numbers."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, int) else value
 
 
 def _console(quiet: bool) -> "Console":
