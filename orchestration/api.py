@@ -7,6 +7,7 @@ Ray of its own, which then stays. Nothing is printed but what a sweep says while
 import numbers
 import os
 import posixpath
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from orchestration.config import SweepConfig, load_config, make_config
 from orchestration.exit_codes import INTERRUPTED
 from orchestration.planning import run_name
 from orchestration.run_folder import run_at
-from orchestration.saved import saved_config, saved_sweep
+from orchestration.saved import SOURCE, saved_config, saved_sweep
 from orchestration.yaml_file import read_values
 from trainers.object_store import is_url
 from trainers.paths import RunPaths, storage_problem
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import pandas
     from rich.console import Console
 
+_running = threading.Lock()
 AS_FLAGS = {"name", "address"}
 """Keys that `tenfold sweep` takes as flags: sweep.yaml is kept as it is written."""
 
@@ -57,7 +59,7 @@ class Sweep:
             saved = saved_sweep(run_at(str(place)), str(place))
             opened = cls.__new__(cls)
             opened.config = saved_config(saved.run, saved.resolved, str(place))
-            opened._source, opened._place = saved.resolved["sweep_yaml"], str(place)
+            opened._source, opened._place = saved.resolved[SOURCE], str(place)
         return opened
 
     @property
@@ -105,7 +107,7 @@ class Sweep:
         """
         from orchestration.run import run_sweep
 
-        with _one_line():
+        with _one_line(), _alone():
             self._ended(
                 run_sweep(self.config, self._source, resume=resume, console=_console(quiet))
             )
@@ -115,7 +117,7 @@ class Sweep:
         """`tenfold resume`: goes on after a kill, anywhere; args and errors as `run`."""
         from orchestration.run import resume_sweep
 
-        with _one_line():
+        with _one_line(), _alone():
             self._ended(resume_sweep(self.place, address, _console(quiet)))
         return self
 
@@ -248,6 +250,19 @@ def _console(quiet: bool) -> "Console":
     console = PlainConsole()
     console.quiet = quiet
     return console
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """A sweep is its process's only one: they would share Ray, and one would end it under the other."""
+    if not _running.acquire(blocking=False):
+        raise ValueError(
+            "a process must run one sweep at a time, another runs already; wait for it, or use `tenfold sweep`"
+        )
+    try:
+        yield
+    finally:
+        _running.release()
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from typing import Any
 
 import pandas as pd
 
-from orchestration.clones import clone_records
 from orchestration.forgetting import KEY as RETENTION
 from orchestration.results import TrialRecord, best_trial, read_trials
 from trainers.paths import RunPaths
@@ -18,19 +17,18 @@ def results_frame(run: RunPaths) -> pd.DataFrame:
     base_score; examples_seen and seconds at its last evaluation. What a trial does not have is missing (NaN).
     """
     records = read_trials(run)
-    best, clones = best_trial(records), clone_records(run)
-    rows = [_row(record, clones) | {"is_best": record is best} for record in records]
+    best = best_trial(records)
+    rows = [_row(record) | {"is_best": record is best} for record in records]
     frame = pd.DataFrame(rows, columns=None if rows else ["trial", "status"])
     return frame.set_index("trial")
 
 
-def _row(record: TrialRecord, clones: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _row(record: TrialRecord) -> dict[str, Any]:
     top, last, score = record.best or {}, (record.rows or ({},))[-1], record.objective
     candidate = record.candidate | {"target": "+".join(record.candidate["target"])}
     row: dict[str, Any] = {"trial": record.name, **candidate}
     row |= {"variant": record.settings.variant, "scale": record.settings.scale}
-    row |= {"status": record.status, "reason": record.reason}
-    row |= {"clone_of": clones.get(record.name, {}).get("of")}
+    row |= {"status": record.status, "reason": record.reason, "clone_of": record.clone_of}
     base = record.base_loss
     row |= {"score": score.of(top["eval_loss"]) if top else None}
     row |= {"base_score": None if base is None else score.of(base)}

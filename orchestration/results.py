@@ -8,7 +8,7 @@ from typing import Any
 from orchestration.objective import LOSS, Objective, objective_of_rows
 from search_spaces.candidate import Candidate
 from trainers.credentials import masked
-from trainers.integrity import sound_rows
+from trainers.integrity import DamagedError, sound_rows
 from trainers.metrics import best_row
 from trainers.mirror import fetch
 from trainers.paths import RunPaths, TrialPaths, read_json_lines, read_state, write_state
@@ -19,7 +19,8 @@ USABLE = ("finished", "stopped")
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
     """One trial as it ended. best: its metrics row with the lowest eval_loss, None without one; notes: what
-    went wrong with its files and was mended."""
+    went wrong with its files and was mended; clone_of: the trial whose candidate its own was made of, while
+    the sweep ran."""
 
     name: str
     candidate: dict[str, Any]
@@ -27,6 +28,7 @@ class TrialRecord:
     reason: str
     rows: tuple[dict[str, Any], ...]
     notes: tuple[str, ...] = ()
+    clone_of: str = ""
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -36,6 +38,12 @@ class TrialRecord:
     def objective(self) -> Objective:
         """What it is judged by, as people know it."""
         return objective_of_rows(self.rows)
+
+    @property
+    def remark(self) -> str:
+        """What is to be said of it beside its numbers."""
+        cloned = [f"clone of {self.clone_of}"] if self.clone_of else []
+        return "; ".join([*cloned, *([self.reason] if self.reason else [])])
 
     @property
     def settings(self) -> Candidate:
@@ -62,7 +70,15 @@ def read_trial(paths: TrialPaths) -> TrialRecord:
         reason=masked(status["reason"]),
         rows=tuple(read_json_lines(paths.metrics)),
         notes=notes_of(paths),
+        clone_of=_clone_of(paths),
     )
+
+
+def _clone_of(paths: TrialPaths) -> str:
+    try:
+        return str(read_state(paths.clone)["of"]) if paths.clone.exists() else ""
+    except DamagedError:  # its candidate is in its config, too (clones.py)
+        return ""
 
 
 def notes_of(paths: TrialPaths) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ from orchestration.requirements import require_supported, require_trainable
 from orchestration.results_table import show_results
 from orchestration.run_folder import driving, run_at, run_in
 from orchestration.runtime_env import share_cache
-from orchestration.saved import saved_config, study_command_of
+from orchestration.saved import SOURCE, saved_config, study_command_of
 from orchestration.show import cut_ranks
 from search_spaces.candidate import trial_name
 from trainers.base_fetch import commit_of
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from trainers.data import DataSpec
 
 PACKAGES = ("tenfold", "ray", "torch", "transformers", "peft", "bitsandbytes", "tokenizers")
-SOURCE = "sweep_yaml"
-"""resolved.json's key of sweep.yaml as it was given."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

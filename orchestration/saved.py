@@ -8,6 +8,8 @@ from orchestration.config import SweepConfig, make_config
 from orchestration.run_folder import storage_of
 from trainers.paths import RunPaths, TrialPaths, read_state
 
+SOURCE = "sweep_yaml"
+"""resolved.json's key of sweep.yaml as it was given."""
 MAX_SHOWN = 3
 """Names that a refusal lists."""
 

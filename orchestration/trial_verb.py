@@ -6,7 +6,7 @@ from typing import Any
 
 from orchestration.clones import Judge, checked_changes
 from orchestration.commands import Answer, Command, post, wait_for_answer
-from orchestration.own_folder import require_own
+from orchestration.own_folder import require_no_way_out, require_own
 from orchestration.results import read_trial
 from orchestration.run_folder import driver_of, run_at
 from orchestration.saved import Saved, has_ended, saved_sweep, trial_named
@@ -67,6 +67,7 @@ def _asked_of(place: str) -> Saved:
     saved = saved_sweep(run, place)
     if mirror_of(run.root) is None:
         require_own(run.root)
+        require_no_way_out(run.root)
     return saved
 
 

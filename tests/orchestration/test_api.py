@@ -174,6 +174,15 @@ def test_quiet_run_prints_nothing_and_any_thread_may_run_it(ended, monkeypatch, 
     assert capsys.readouterr().out == "a line of a sweep\n"
 
 
+def test_process_runs_one_sweep_at_a_time(ended, monkeypatch):
+    opened = Sweep.open("runs/run")
+    monkeypatch.setattr(run, "resume_sweep", lambda *_: opened.resume() and 0)
+    with pytest.raises(ValueError, match="a process must run one sweep at a time"):
+        opened.resume()
+    monkeypatch.setattr(run, "resume_sweep", lambda *_: 0)
+    assert opened.resume() is opened
+
+
 def test_export_without_a_folder_goes_where_the_verb_puts_it(ended, monkeypatch):
     asked = []
     monkeypatch.setattr("orchestration.export.export", lambda place, **given: asked.append(given))

@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.inventory import Inventory
+from orchestration.commands import Answer, answer_of, unanswered
 from orchestration.config import make_config
+from orchestration.control import Control
 from orchestration.packs import plan_packs, trial_demand
 from orchestration.plan_json import plan_to_dict
 from orchestration.planning import Plan, make_plan
+from orchestration.progress import Progress
 from orchestration.results import mark_ended
 from orchestration.trials import TrialMaker
 from search_spaces.candidate import trial_name
@@ -72,3 +75,38 @@ def row_of(evaluation: int, loss: float) -> dict[str, Any]:
     row: dict[str, Any] = {"examples": 16 * evaluation, "steps": evaluation, "eval_loss": loss}
     row |= {"train_loss": loss if evaluation else None, "eval_bits_per_byte": loss, "tokens": 9}
     return row | {"seconds": 2.0 * evaluation, "lr": 1e-3, "grad_norm": 1.0, "peak_bytes": 0}
+
+
+class Given:
+    """A searcher that holds some trials still, and takes clones."""
+
+    def __init__(self, *waiting: str) -> None:
+        self.waiting, self.added = list(waiting), []
+
+    def add(self, clone: dict[str, Any]) -> None:
+        self.added.append(clone["name"])
+
+    def drop(self, name: str) -> bool:
+        return name in self.waiting
+
+
+class Driver:
+    """A driver's control of a written run, and what it did."""
+
+    def __init__(self, sweep: WrittenRun, *waiting: str) -> None:
+        self.cancelled: list[tuple[str, str]] = []
+        self.ended: list[str] = []
+        self.given = Given(*waiting)
+        self.progress = Progress(sweep.names, 0, 64)
+        self.control = Control(
+            sweep.paths, sweep.maker, self.progress, lambda *told: self.cancelled.append(told)
+        )
+        self.control.attach(self.given, lambda name, reason: self.ended.append(name))
+
+    def obeys(self, sweep: WrittenRun) -> list[Answer]:
+        """What it answers to all that was asked since the last time."""
+        names = [name for name, _ in unanswered(sweep.paths)]
+        self.control.look_now()
+        answers = [answer_of(sweep.paths, name) for name in names]
+        assert None not in answers
+        return [answer for answer in answers if answer]
