@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestration.rungs import BY_SCHEDULER
 from orchestration.suspects import Blame, accuse
 
 MAX_STARTS = 3
@@ -36,6 +37,8 @@ class Entry:
     group: str | None = None
     home: str | None = None
     """The group whose forwards it shared last: there they can be done again alike (trainers/replay.py)."""
+    ahead: bool = False
+    """Whether it waits before all that were planned (a clone, see live_searcher.py)."""
     blame: Blame = field(default_factory=Blame)
 
     @property
@@ -117,6 +120,13 @@ class Board:
                 self.queue.append(entry)
         self._assign()
 
+    def put_ahead(self, trial: dict[str, Any]) -> None:
+        """Puts a new trial before those that wait by the plan, behind those that were put there before it."""
+        entry = self.entries[trial["name"]] = Entry(trial, 0, ahead=True)
+        first = (e.ahead or bool(e.blame.cohort) for e in self.queue)
+        self.queue.insert(sum(1 for _ in itertools.takewhile(bool, first)), entry)
+        self._assign()
+
     # What trials say
 
     def ask(self, trial: dict[str, Any], index: int) -> None:
@@ -150,12 +160,12 @@ class Board:
             raise ValueError(f"no worker group is left: {'; '.join(sorted(set(reasons)))}")
         return None
 
-    def cancel(self, name: str) -> None:
+    def cancel(self, name: str, reason: str = BY_SCHEDULER) -> None:
         """A trial was ended from outside; its place is free at once."""
         entry = self.entries.get(name)
         if entry is None or entry.ended is not None:
             return
-        entry.ended = {"status": "stopped", "reason": "stopped by its scheduler"}
+        entry.ended = {"status": "stopped", "reason": reason}
         self._withdraw(entry)
 
     def put_off(self, name: str) -> None:

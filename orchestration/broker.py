@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from orchestration.board import GROUP_WAIT_S, STOP, Board
+from orchestration.rungs import BY_SCHEDULER
 from orchestration.silence import HANG_S, Silence
 
 
@@ -48,9 +49,14 @@ class Broker:
                 return None
         return answer
 
-    async def cancel(self, name: str) -> None:
+    async def put_ahead(self, trial: dict[str, Any]) -> None:
+        """See Board.put_ahead."""
+        self.board.put_ahead(trial)
+        await self._notify()
+
+    async def cancel(self, name: str, reason: str = BY_SCHEDULER) -> None:
         """See Board.cancel."""
-        self.board.cancel(name)
+        self.board.cancel(name, reason)
         await self._notify()
 
     async def put_off(self, name: str) -> None:

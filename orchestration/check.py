@@ -47,11 +47,18 @@ def checked(path: Path, options: CheckOptions) -> dict[str, Any]:
     if is_config and options.model:
         raise ValueError(f"--model is for a data file alone; {path} names its own")
     config = load_config(path) if is_config else data_config(path, options.model)
+    return checked_config(config, options, is_sweep=is_config)
+
+
+def checked_config(
+    config: SweepConfig, options: CheckOptions, *, is_sweep: bool = True
+) -> dict[str, Any]:
+    """`checked` of a config that was read; is_sweep: its plan is looked at, too."""
     found: dict[str, Any] = {"model": config.model, "refusals": []}
     if config.data:
         spec = make_data_spec(config, model_shape(config.model, config.revision))
         found |= _checked_data(spec, config, options)
-    return found | _planned(config, found["refusals"]) if is_config else found
+    return found | _planned(config, found["refusals"]) if is_sweep else found
 
 
 def data_config(data: Path, model: str | None) -> SweepConfig:

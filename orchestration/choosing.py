@@ -148,8 +148,13 @@ def _forgetting_lines(records: Sequence[TrialRecord]) -> list[str]:
     ]
 
 
+def is_of_limit(reason: str) -> bool:
+    """Whether a trial was ended because the sweep's time was up."""
+    return reason.startswith(("time_budget ", "max_cost "))
+
+
 def _limit_lines(records: Sequence[TrialRecord]) -> list[str]:
-    cut = [record for record in records if record.reason.startswith(("time_budget", "max_cost"))]
+    cut = [record for record in records if is_of_limit(record.reason)]
     begun = sum(bool(record.rows) for record in cut)
     if not cut:
         return []

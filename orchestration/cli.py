@@ -9,14 +9,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestration import signals
 from orchestration.cluster_verb import add_cluster_options, run_cluster
 from orchestration.exit_codes import BAD_INPUT, INTERRUPTED
-
-if TYPE_CHECKING:
-    from trainers.paths import RunPaths
+from orchestration.live_verbs import add_live_verbs
 
 EXIT_CODES = (
     "exit codes: 0 done; 1 no trial ended with a usable score; 2 input that cannot be used; "
@@ -134,6 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     resume.add_argument("run_folder", help="runs/NAME, or a URL")
     resume.add_argument("--address", help="a running Ray cluster (default: as the sweep began)")
     resume.set_defaults(run=_resume)
+    add_live_verbs(verbs, EXIT_CODES)
     _add_export(verbs)
     _add_study(verbs)
     text = "a Ray, KubeRay or Slurm manifest of the size that the plan asks for"
@@ -272,45 +271,15 @@ def _sweep(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from orchestration.report import write_report
-    from orchestration.run_folder import run_at
-    from trainers.mirror import shown
+    from orchestration.report_verb import write_report_again
 
-    run = run_at(args.run_folder)
-    if _study_command_of(run) is not None:
-        from orchestration.studies.report import write_study_report
-
-        if not run.results.is_file():
-            raise ValueError(
-                f"{args.run_folder}: a study must have ended once for a report, it has not"
-            )
-        write_study_report(run.root)
-    elif not run.plan.is_file() or not run.trials.is_dir():
-        raise ValueError(
-            f"{args.run_folder}: must be the folder of a sweep (plan.json and trials/) or of a study, "
-            "it is not"
-        )
-    else:
-        write_report(run)
-    print(shown(run.report))
+    print(write_report_again(args.run_folder))
     return 0
-
-
-def _study_command_of(run: "RunPaths") -> str | None:
-    """What began the study in a folder; None where there is no study."""
-    from trainers.paths import read_state
-
-    return read_state(run.resolved).get("command") if run.resolved.is_file() else None
 
 
 def _resume(args: argparse.Namespace) -> int:
     from orchestration.run import resume_sweep
-    from orchestration.run_folder import run_at
 
-    if (command := _study_command_of(run_at(args.run_folder))) is not None:
-        raise ValueError(
-            f"{args.run_folder}: is a study, which goes on with its command: {command}"
-        )
     return resume_sweep(args.run_folder, args.address)
 
 

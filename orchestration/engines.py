@@ -7,7 +7,9 @@ from typing import Any
 from cluster.inventory import Inventory
 from orchestration import signals, sweep
 from orchestration.choosing import repeat_names
+from orchestration.clones import clone_records, clones_of
 from orchestration.config import SweepConfig
+from orchestration.control import Control, stop_left
 from orchestration.ledger import Ledger
 from orchestration.mending import mend
 from orchestration.packs import measured_tokens, measurement, plan_packs, trial_demand
@@ -54,8 +56,14 @@ def train(
         claim_folders(
             run, lambda: progress.note("waiting for the workers of an earlier driver to end")
         )
-        mend(run, {trial_name(c) for c in plan.pruned.admitted}, progress.say)
+        planned = {trial_name(c) for c in plan.pruned.admitted} | set(clone_records(run))
+        mend(run, planned, progress.say)
         maker = TrialMaker(plan, demand, packs, run, keep_weights=keep_weights)
+        if make_work is None:
+            stop_left(run)
+            Control(run, maker, progress).look_now()
+        for name in clone_records(run):
+            progress.added(name)
         engine(inventory, progress, (make_work or Work)(plan, maker, run))
 
 
@@ -99,6 +107,7 @@ def _packed(inventory: Inventory, progress: Progress, work: "Work") -> None:
                     check=pool.require_group,
                 ),
                 limit,
+                work.control(progress, pool.cancel, pool.put_ahead),
             )
         write_state(run.packs, facts | {"groups": pool.groups()})
 
@@ -113,7 +122,14 @@ def _solo(inventory: Inventory, progress: Progress, work: "Work") -> None:
     limit = _limit(work, inventory, max_concurrent, progress)
     for _ in work.rounds(limit):
         make_ledger = partial(Ledger, run, progress)
-        work.run_all(solo_trial, {"workers": workers}, max_concurrent, make_ledger, limit)
+        work.run_all(
+            solo_trial,
+            {"workers": workers},
+            max_concurrent,
+            make_ledger,
+            limit,
+            work.control(progress),
+        )
 
 
 def _limit(work: "Work", inventory: Inventory, num_groups: int, progress: Progress) -> TimeLimit:
@@ -144,11 +160,12 @@ class Work:
         """Reads from disk what has ended and what has not."""
         fetch_all_records(self.run.root)
         self.seen = settle(self.run)
+        self.clones = clones_of(self.run)
         planned = {trial_name(candidate): candidate for candidate in self.plan.pruned.admitted}
-        for name, candidate in planned.items():
+        for name, candidate in (planned | self.clones).items():
             if not self.run.trial(name).config.exists():
                 self.maker.write(candidate)
-        names = list(planned) if planned else known_names(self.run)
+        names = [*planned, *self.clones] if planned else known_names(self.run)
         self._take(unended(self.run, names))
         if self.first_trial() is None and self.config.confirm:
             self.is_confirming = True
@@ -160,21 +177,24 @@ class Work:
     def rounds(self, limit: TimeLimit) -> Iterator[None]:
         """The search, and then, where that is asked for, the best two once more on new seeds: as long as there is
         something to run, and time."""
-        while self.first_trial() is not None:
+        while limit.reason is None and self.first_trial() is not None:
             was = self.is_confirming
             yield
             if limit.reason is not None:
-                self._end_all(limit.reason)
-                return
+                break
             if signals.received() or self.is_confirming == was:
                 return
+        if limit.reason is not None:
+            self._end_all(limit.reason)
 
     def _end_all(self, reason: str) -> None:
         """Ends what is left as the time is up: what a resume is to go on with is nothing."""
-        for trial in self.trials:
-            paths = self.run.trial(trial["name"])
-            has_begun = paths.metrics.exists()
-            mark_ended(paths, "stopped", reason if has_begun else f"{reason} before it began")
+        while self.trials:
+            for trial in self.trials:
+                paths = self.run.trial(trial["name"])
+                has_begun = paths.metrics.exists()
+                mark_ended(paths, "stopped", reason if has_begun else f"{reason} before it began")
+            self.look()  # what would be confirmed now ends with the others
 
     def run_all(
         self,
@@ -183,24 +203,31 @@ class Work:
         max_concurrent: int,
         make_ledger: Callable[..., Ledger],
         limit: TimeLimit,
+        control: Control | None = None,
     ) -> None:
         """Runs what is left to its ends, with trials that Tune gave up before they began once more.
 
         Args:
             common: what the engine adds to every trial's config.
-            make_ledger: is given the trackers, and how many notes of each trial were said before.
+            make_ledger: is given the trackers, how many notes of each trial were said before, and what of control it
+                needs.
+            control: obeys what is asked of the sweep meanwhile; None: nothing can be.
         """
         trackers = make_trackers(list(self.config.tracking), self.plan.name, self.run)
         never_began: list[str] = []
         for _ in range(1 + sweep.ACTOR_FAILURES):
-            ledger = make_ledger(trackers=trackers, num_notes=self.num_notes)
+            steered = {"on_step": control.look, "reasons": control.stopped} if control else {}
+            ledger = make_ledger(trackers=trackers, num_notes=self.num_notes, **steered)
             searcher, scheduler = self.searcher(common), self.scheduler()
+            if control is not None:
+                scheduler.withdrawn = control.stopped
+                searcher = self._live(searcher, common, max_concurrent, control, ledger)
             sweep.run_trials(
                 trainable,
                 searcher,
                 scheduler,
                 self.run,
-                max_concurrent=max_concurrent,
+                max_concurrent=max_concurrent + (control.beside if control else 0),
                 callback=ledger,
                 stopper=limit,
             )
@@ -212,11 +239,40 @@ class Work:
         for name in never_began:
             mark_ended(self.run.trial(name), "failed", NEVER_BEGAN)
 
+    def control(
+        self,
+        progress: Progress,
+        cancel: Callable[[str, str], None] | None = None,
+        put_ahead: Callable[[dict[str, Any]], None] | None = None,
+    ) -> Control | None:
+        """What obeys the commands to this sweep; see Control. None: it takes none."""
+        control = Control(self.run, self.maker, progress, cancel, put_ahead)
+        control.is_search_over = self.is_confirming
+        return control
+
+    def _live(
+        self, searcher: Any, common: dict[str, Any], most: int, control: Control, ledger: Ledger
+    ) -> Any:
+        """A searcher of the plan's trials, made one that takes clones up and leaves out who is stopped."""
+        from orchestration.live_searcher import LiveSearcher
+
+        live = LiveSearcher(
+            searcher,
+            common | {"seen": self.seen},
+            clones=[trial for trial in self.trials if trial["name"] in self.clones],
+            most=most,
+            beside=control.beside,
+            put_ahead=control.put_ahead,
+            look=control.look_now,
+        )
+        control.attach(live, partial(ledger.end, status="stopped"))
+        return live
+
     def first_trial(self) -> dict[str, Any] | None:
         """A trial whose base and data the workers load before anything else."""
         if self.trials or self.is_confirming or not self.plan.num_proposed:
             return self.trials[0] if self.trials else None
-        if len(known_names(self.run)) >= self.plan.num_proposed:
+        if len(known_names(self.run)) - len(self.clones) >= self.plan.num_proposed:
             return None
         from orchestration.searchers import AdmittedSpace
 
@@ -228,8 +284,9 @@ class Work:
         from orchestration.searchers import ListSearcher, OptunaSearcher
 
         common = common | {"seen": self.seen}
+        trials = [trial for trial in self.trials if trial["name"] not in self.clones]
         if self.is_confirming or not self.plan.num_proposed:
-            return ListSearcher(self.trials, common)
+            return ListSearcher(trials, common)
         return OptunaSearcher(
             self.plan.space,
             self.plan.domains,
@@ -237,8 +294,9 @@ class Work:
             self.config.seed,
             self.maker.write,
             common,
-            first=self.trials,
-            history=history(self.run),
+            first=trials,
+            history=history(self.run, self.clones),
+            others=self.clones.values(),
         )
 
     def scheduler(self) -> Any:

@@ -62,7 +62,7 @@ def export(
     record = _chosen(run, place, trial)
     config = read_state(run.trial(record.name).config)
     weights = _weights(run, record, config)
-    target = output or _default_output(run, "merged" if merge else "adapter")
+    target = output or default_output(run, merge=merge)
     _require_new(target)
     adapter = portable_config(weights, read_state(run.resolved)["config"])
     spoken = [] if merge or server is None else _checked_for_vllm(adapter, config)
@@ -127,10 +127,15 @@ def _weights(run: RunPaths, record: TrialRecord, config: Mapping[str, Any]) -> P
     return folder
 
 
-def _default_output(run: RunPaths, kind: str) -> Path:
+def default_output(run: RunPaths, *, merge: bool) -> Path:
+    """Where an export goes that was given no folder.
+
+    Raises:
+        ValueError: the run is on an object store.
+    """
     if mirror_of(run.root):
         raise ValueError(f"{shown(run.root)}: is a URL; name a folder for what is exported (-o)")
-    return run.root / "export" / kind
+    return run.root / "export" / ("merged" if merge else "adapter")
 
 
 def _checked_for_vllm(adapter: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from ray import tune
 from orchestration.mending import sound_record
 from orchestration.progress import Progress
 from orchestration.results import fetch_records, notes_of, read_trial
+from orchestration.rungs import BY_SCHEDULER
 from orchestration.tracking import Tracker
 from trainers.credentials import masked
 from trainers.mirror import send_rest
@@ -25,6 +26,8 @@ class Ledger(tune.Callback):
         check: called before a trial is tried again or has failed; raises where the sweep as a whole
             cannot go on, so that its trials stay as they are.
         num_notes: notes of each trial that an earlier driver said.
+        on_step: called in every turn of Tune's loop, many times a second.
+        reasons: trial -> why it is being stopped, where that is not its scheduler's decision.
     """
 
     def __init__(
@@ -36,16 +39,22 @@ class Ledger(tune.Callback):
         on_put_off: Callable[[str], None] = lambda name: None,
         check: Callable[[], None] = lambda: None,
         num_notes: Mapping[str, int] | None = None,
+        on_step: Callable[[], None] = lambda: None,
+        reasons: Mapping[str, str] | None = None,
     ) -> None:
         self.run, self.progress, self.trackers = run, progress, trackers
         self.on_end, self.on_put_off, self.check = on_end, on_put_off, check
         self.num_notes = dict(num_notes or {})
+        self.on_step, self.reasons = on_step, {} if reasons is None else reasons
         self.never_began: list[str] = []
         """Trials that Tune gave up because the actor that they were to reuse had died."""
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks into tuner.pkl; a terminal and open trackers cannot go there.
         return {}
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.on_step()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.progress.started(trial_name(trial))
@@ -66,9 +75,9 @@ class Ledger(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # What ended without a scheduler's word says how (orchestration/thin.py).
-        stopped = {"status": "stopped", "reason": "stopped by its scheduler"}
-        ended = (trial.last_result or {}).get("ended", stopped)
-        self._end(trial, ended["status"], ended["reason"])
+        reason = self.reasons.get(trial_name(trial), BY_SCHEDULER)
+        ended = (trial.last_result or {}).get("ended", {"status": "stopped", "reason": reason})
+        self.end(trial_name(trial), ended["status"], ended["reason"], trial)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.check()
@@ -79,16 +88,21 @@ class Ledger(tune.Callback):
             self.never_began.append(trial_name(trial))
             self.on_put_off(trial_name(trial))
             return
-        self._end(trial, "failed", error_line(trial))
+        self.end(trial_name(trial), "failed", error_line(trial), trial)
 
-    def _end(self, trial: Any, status: str, reason: str) -> None:
-        paths = self.run.trial(trial_name(trial))
-        self.on_end(trial_name(trial))
+    def end(self, name: str, status: str, reason: str, trial: Any = None) -> None:
+        """A trial has ended.
+
+        Args:
+            trial: Tune's; None of one that Tune was never given.
+        """
+        paths = self.run.trial(name)
+        self.on_end(name)
         fetch_records(paths)
         record = sound_record(paths, status, reason, self.progress.say)
-        if _has_error_file(trial):
+        if trial is not None and _has_error_file(trial):
             write_text(paths.error, masked(_error_text(trial)))
-        self._say_notes(trial_name(trial))
+        self._say_notes(name)
         self.progress.ended(record.name, record.status, record.reason)
         for tracker in self.trackers:
             tracker.finish(record)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from cluster.inventory import Inventory, TrialDemand, workers_per_gpu
-from cluster.packing import FORWARD_TOKENS, worker_needs
+from cluster.packing import FORWARD_TOKENS, PackPlan, worker_needs
 from cluster.strategy import Asked, DoesNotFitError, Needs, Workload, choose
 from orchestration.config import SweepConfig
 from orchestration.rl_config import generations_of
@@ -96,6 +96,7 @@ class MemoryRule:
     """Discards what no worker of an inventory can hold, alone and in the shortest forward.
 
     Args:
+        space: of the sweep, for `by_rank`.
         row_tokens: of the longest row.
     """
 
@@ -103,7 +104,7 @@ class MemoryRule:
         self,
         config: SweepConfig,
         shape: ModelShape,
-        space: SearchSpace,
+        space: SearchSpace | None,
         row_tokens: int,
         inventory: Inventory,
     ) -> None:
@@ -124,12 +125,48 @@ class MemoryRule:
 
     def by_rank(self, lora_rank: int, target: tuple[str, ...]) -> Verdict | None:
         """Why an adapter has no room in any batch of the space, or None."""
+        assert self.space is not None
         dropout = any(rate > 0 for rate in self.space.dropout.options)
         sizes = tuple(self.space.global_batch_size.options)
         # A rank is cut for all variants: that which needs least decides, as the smallest batch does.
         kinds = self.space.variant.options
         variant = min(kinds, key=lambda v: (stored_rank(lora_rank, v), DORA in parts_of(v)))
         return self._verdict(lora_rank, target, sizes, dropout, variant)
+
+    def in_packs(self, candidate: Candidate, packs: PackPlan) -> Verdict | None:
+        """Why packs that were planned for other candidates cannot have one in a place, or None."""
+        if packs.room_bytes is None:
+            return None
+        needs = needs_of(self.config, self.shape, candidate.target, on_gpu=self.on_gpu)
+        sizes, dropout = (candidate.global_batch_size,), candidate.dropout > 0
+        workload = self._workload(candidate.lora_rank, sizes, dropout, candidate.variant)
+        needed = needs(packs.way, workload, num_slots=packs.places, tokens=packs.max_tokens)
+        room = max(packs.room_bytes, packs.needed_bytes)
+        if needed <= room:
+            return None
+        return Verdict(
+            rule=MEMORY,
+            reason=f"OUT OF MEMORY: {'+'.join(candidate.target)}: {packs.places} adapters of rank "
+            f"{candidate.lora_rank} in a pack need {needed:,} bytes, a worker has {room:,}; lower lora_rank",
+            numbers={
+                "lora_rank": candidate.lora_rank,
+                "needed_bytes": needed,
+                "room_bytes": room,
+            },
+        )
+
+    def _workload(
+        self, lora_rank: int, sizes: tuple[int, ...], dropout: bool, variant: str
+    ) -> Workload:
+        return Workload(
+            lora_rank=stored_rank(lora_rank, variant),
+            row_tokens=self.row_tokens,
+            global_batch_sizes=rows_of_batches(self.config, sizes),
+            num_trials=1,
+            quantized=self.config.quantization == "nf4",
+            dropout=dropout,
+            magnitudes=DORA in parts_of(variant),
+        )
 
     def _work_out(
         self,
@@ -139,15 +176,7 @@ class MemoryRule:
         dropout: bool,
         variant: str,
     ) -> Verdict | None:
-        workload = Workload(
-            lora_rank=stored_rank(lora_rank, variant),
-            row_tokens=self.row_tokens,
-            global_batch_sizes=rows_of_batches(self.config, sizes),
-            num_trials=1,
-            quantized=self.config.quantization == "nf4",
-            dropout=dropout,
-            magnitudes=DORA in parts_of(variant),
-        )
+        workload = self._workload(lora_rank, sizes, dropout, variant)
         needs = needs_of(self.config, self.shape, target, on_gpu=self.on_gpu)
         wanted = FORWARD_TOKENS["gpu" if self.on_gpu else "cpu"]
         try:

@@ -55,6 +55,12 @@ def objective_of(method: str) -> Objective:
     return REWARD if method == "rl" else LOSS
 
 
+def objective_of_plan(plan: Mapping[str, Any]) -> Objective:
+    """Of plan.json, also of an earlier version."""
+    choice = plan.get("choice")
+    return objective_named(choice["key"]) if choice else objective_of(plan["method"])
+
+
 def method_of_study(results: Mapping[str, Any]) -> str:
     """Of a study's results.json."""
     return "rl" if results.get("objective") == REWARD.key else "sft"

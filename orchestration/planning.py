@@ -185,9 +185,15 @@ def row_tokens(
 ) -> int:
     """Tokens of the longest row that a forward may meet; of an episode at most, as its prompt's row holds an
     answer beside."""
-    longest = data_spec.seq_len if data_spec else seq_len_of(config, shape)
-    if audit is not None and not config.packing:
-        longest = min(audit.max_row_tokens, longest)
+    seq_len = data_spec.seq_len if data_spec else seq_len_of(config, shape)
+    return longest_row_tokens(config, seq_len, audit.max_row_tokens if audit else None)
+
+
+def longest_row_tokens(config: SweepConfig, seq_len: int, max_row_tokens: int | None) -> int:
+    """`row_tokens` of data whose longest row is known, or not."""
+    longest = seq_len
+    if max_row_tokens is not None and not config.packing:
+        longest = min(max_row_tokens, longest)
     return longest + completion_length_of(config)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.inventory import TrialDemand
 from orchestration.board import GROUP_WAIT_S
+from orchestration.rungs import BY_SCHEDULER
 from orchestration.silence import HANG_S
 from orchestration.sweep import DRIVER_RESOURCE, DRIVER_SHARE
 
@@ -279,9 +280,15 @@ class Pool:
         ray.get(self.broker.enlist.remote(trials, homes))
         ray.get(self.broker.open.remote(places))
 
-    def cancel(self, trial: str) -> None:
+    def put_ahead(self, trial: dict[str, Any]) -> None:
+        """Lets in a trial that was not planned; see Board.put_ahead."""
+        import ray
+
+        ray.get(self.broker.put_ahead.remote(trial))  # before it is asked for
+
+    def cancel(self, trial: str, reason: str = BY_SCHEDULER) -> None:
         """Ends a trial; its place is free at once."""
-        self.broker.cancel.remote(trial)
+        self.broker.cancel.remote(trial, reason)
 
     def put_off(self, trial: str) -> None:
         """Frees the place of a trial that nobody asks for now; see Board.put_off."""

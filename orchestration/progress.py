@@ -59,6 +59,12 @@ class Progress:
         else:
             self._show(text)
 
+    def added(self, name: str) -> None:
+        """A trial that was not planned is to be run, too."""
+        if name not in self.rows:
+            self.rows[name] = {"status": "waiting"}
+            self.num_trials += 1
+
     def started(self, name: str) -> None:
         self.rows.setdefault(name, {})["status"] = "starting"
         self._show(f"{name}: starting")

@@ -260,7 +260,7 @@ def _trial_cells(record: TrialRecord, score: Objective, retained: bool, named: b
         *numbers,
         *retention,
         seconds,
-        record.reason,
+        record.remark,
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from orchestration.objective import LOSS, Objective, objective_named, objective_of_rows
 from search_spaces.candidate import Candidate
 from trainers.credentials import masked
-from trainers.integrity import sound_rows
+from trainers.integrity import DamagedError, sound_rows
 from trainers.metrics import BY_LOSS, Judge
 from trainers.mirror import fetch
 from trainers.paths import RunPaths, TrialPaths, read_json_lines, read_state, write_state
@@ -25,6 +25,7 @@ class TrialRecord:
         notes: what went wrong with its files and was mended.
         judge: by what it is judged.
         repeats: the trial whose candidate it trains on another seed.
+        clone_of: the trial whose candidate its own was made of, while the sweep ran.
     """
 
     name: str
@@ -35,6 +36,7 @@ class TrialRecord:
     notes: tuple[str, ...] = ()
     judge: Judge = BY_LOSS
     repeats: str | None = None
+    clone_of: str = ""
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -51,6 +53,12 @@ class TrialRecord:
         """What it is judged by, as people know it."""
         key = self.judge.key
         return objective_of_rows(self.rows) if key == LOSS.key else objective_named(key)
+
+    @property
+    def remark(self) -> str:
+        """What is to be said of it beside its numbers."""
+        cloned = [f"clone of {self.clone_of}"] if self.clone_of else []
+        return "; ".join([*cloned, *([self.reason] if self.reason else [])])
 
     @property
     def settings(self) -> Candidate:
@@ -80,7 +88,15 @@ def read_trial(paths: TrialPaths) -> TrialRecord:
         notes=notes_of(paths),
         judge=Judge(**config.get("judge", {})),
         repeats=config.get("repeats"),
+        clone_of=_clone_of(paths),
     )
+
+
+def _clone_of(paths: TrialPaths) -> str:
+    try:
+        return str(read_state(paths.clone)["of"]) if paths.clone.exists() else ""
+    except DamagedError:  # its candidate is in its config, too (clones.py)
+        return ""
 
 
 def notes_of(paths: TrialPaths) -> tuple[str, ...]:

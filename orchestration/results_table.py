@@ -42,7 +42,7 @@ def show_results(
         f"{run.root.name}: {len(records)} trials, {num_discarded} candidates discarded before any trial"
     ]
     lines.append(_table(records, best))
-    lines += [f"{record.name}: {record.reason}" for record in records if record.reason]
+    lines += [f"{record.name}: {record.remark}" for record in records if record.remark]
     lines += choice_lines(records, best)
     lines += _base_lines(records)
     lines.append(f"report: {shown(run.report)}")

@@ -14,7 +14,8 @@ from rich.console import Console
 from cluster.inventory import Inventory, local_inventory, max_concurrent_trials
 from orchestration import signals
 from orchestration.choice_config import judge_of
-from orchestration.config import Config, SweepConfig, make_config
+from orchestration.clones import clone_records
+from orchestration.config import Config, SweepConfig
 from orchestration.console import PlainConsole
 from orchestration.exit_codes import INTERRUPTED, NO_RESULT
 from orchestration.measured import measured_of
@@ -30,8 +31,9 @@ from orchestration.preflight import checked_inventory, needs_of
 from orchestration.progress import Progress
 from orchestration.requirements import require_supported, require_trainable
 from orchestration.results_table import show_results
-from orchestration.run_folder import driving, run_at, run_in, storage_of
+from orchestration.run_folder import driving, run_at, run_in
 from orchestration.runtime_env import share_cache
+from orchestration.saved import SOURCE, saved_config, study_command_of
 from orchestration.show import cut_ranks
 from search_spaces.candidate import trial_name
 from trainers.base_fetch import commit_of
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
     from trainers.data import DataSpec
 
 PACKAGES = ("tenfold", "ray", "torch", "transformers", "peft", "bitsandbytes", "tokenizers")
-SOURCE = "sweep_yaml"
-"""resolved.json's key of sweep.yaml as it was given."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -61,12 +61,15 @@ TOKENIZER_FILES = (
 """What of a model's folder the adapter is served with."""
 
 
-def run_sweep(config: SweepConfig, source: str, *, resume: bool = False) -> int:
+def run_sweep(
+    config: SweepConfig, source: str, *, resume: bool = False, console: Console | None = None
+) -> int:
     """Runs a sweep and returns the exit code.
 
     Args:
         source: sweep.yaml as the user wrote it, kept beside the results.
         resume: go on with the run where it began already, so that a preempted job can be submitted again.
+        console: what is told, where; default: the terminal.
 
     Raises:
         ValueError: anything that can be known before a trial starts. Nothing is left behind.
@@ -74,16 +77,15 @@ def run_sweep(config: SweepConfig, source: str, *, resume: bool = False) -> int:
     run = run_in(config.storage, run_name(config))
     if resume and run.plan.is_file():
         _require_same_source(run, read_state(run.resolved)[SOURCE], source)
-        return resume_sweep(shown(run.root), config.address)
-    with signals.goes_on_by(lambda: _how_to_go_on(run)):
-        return _begin(config, source, run)
+        return resume_sweep(shown(run.root), config.address, console)
+    with signals.goes_on_by(lambda: how_to_go_on(run)):
+        return _begin(config, source, run, console or PlainConsole())
 
 
-def _begin(config: SweepConfig, source: str, run: RunPaths) -> int:
+def _begin(config: SweepConfig, source: str, run: RunPaths, console: Console) -> int:
     require_new(run)
     share_cache(config.address, config.storage)
     plan = _checked_plan(with_commit(config))
-    console = PlainConsole()
     _say_plan(console, plan, plan_to_dict(plan, shown_packs(plan)))
 
     def write_inputs(fitted: Plan, as_json: dict[str, Any]) -> None:
@@ -95,7 +97,7 @@ def _begin(config: SweepConfig, source: str, run: RunPaths) -> int:
     return _train(plan, run, console, write_inputs)
 
 
-def resume_sweep(place: str, address: str | None) -> int:
+def resume_sweep(place: str, address: str | None, console: Console | None = None) -> int:
     """Goes on with a run whose driver died; returns the exit code.
 
     Trials that ended stay as they are; the others go on from their last checkpoints, judged by a
@@ -104,22 +106,26 @@ def resume_sweep(place: str, address: str | None) -> int:
     Args:
         place: folder or URL of the run.
         address: a running Ray cluster; default: the config's, else a local one.
+        console: see `run_sweep`.
 
     Raises:
         ValueError: no run, one that is still being driven, or a plan that came out otherwise.
     """
     run = run_at(place)
-    with signals.goes_on_by(lambda: _how_to_go_on(run)):
-        return _go_on(run, place, address)
+    with signals.goes_on_by(lambda: how_to_go_on(run)):
+        return _go_on(run, place, address, console or PlainConsole())
 
 
-def _how_to_go_on(run: RunPaths) -> str:
+def how_to_go_on(run: RunPaths) -> str:
+    """What to do with a run whose driver was interrupted."""
     if run.plan.is_file():
         return f"`tenfold resume {shown(run.root)}` goes on"
     return "nothing was trained: the same command begins again"
 
 
-def _go_on(run: RunPaths, place: str, address: str | None) -> int:
+def _go_on(run: RunPaths, place: str, address: str | None, console: Console) -> int:
+    if (command := study_command_of(run)) is not None:
+        raise ValueError(f"{place}: is a study, which goes on with its command: {command}")
     if not run.plan.is_file() or not run.resolved.is_file():
         raise ValueError(
             f"{place}: must be the folder of a sweep (plan.json, resolved.json), it is not"
@@ -129,9 +135,7 @@ def _go_on(run: RunPaths, place: str, address: str | None) -> int:
     resolved = read_state(run.resolved)
     if run.config.is_file():
         _require_same_source(run, resolved[SOURCE], run.config.read_text(encoding="utf-8"))
-    values = resolved["config"] | {"name": run.root.resolve().name}
-    values |= {"storage": storage_of(run)} | ({"address": address} if address else {})
-    config = make_config({k: v for k, v in values.items() if v is not None}, place)
+    config = saved_config(run, resolved, place, address=address)
     share_cache(config.address, config.storage)
     was = read_state(run.plan)
     # Judged by the memory it was planned for: another machine must not change what the sweep is.
@@ -140,7 +144,6 @@ def _go_on(run: RunPaths, place: str, address: str | None) -> int:
         config, measured_of(was), Inventory(**planned_for) if planned_for else None
     )
     require_same_plan(run, plan)
-    console = PlainConsole()
     console.print(f"resuming {place}", markup=False)
     return _train(plan, run, console, lambda fitted, as_json: None)
 
@@ -339,6 +342,7 @@ def _conclude(run: RunPaths, plan: Plan, console: Console) -> int:
 
     assert plan.data_spec is not None
     planned = {trial_name(candidate) for candidate in plan.pruned.admitted}
+    planned |= set(clone_records(run))
     mend(run, planned, console.print)
     records, best = finish(run, tokenizer_files(plan.data_spec), console.print)
     write_report(run)
@@ -346,7 +350,8 @@ def _conclude(run: RunPaths, plan: Plan, console: Console) -> int:
     unended = sum(record.status == "unfinished" for record in records)
     unended += len(planned - {record.name for record in records})
     if signals.received():
-        unended += max(0, plan.num_proposed - len(records))  # nobody has asked for those yet
+        proposed = len(records) - len(clone_records(run))
+        unended += max(0, plan.num_proposed - proposed)  # nobody has asked for those yet
     if unended:  # Tune answers a signal by ending its loop: what has no end was interrupted
         console.print(
             f"interrupted: {unended} trials did not end; `tenfold resume {shown(run.root)}` goes on"

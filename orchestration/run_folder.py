@@ -1,18 +1,23 @@
 """Where a run is: a folder, or a URL of which this process keeps a copy (trainers/mirror.py)."""
 
+import json
 import os
 import posixpath
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from orchestration.own_folder import require_no_way_out, require_own
-from trainers.lease import DEAD_S, leased
+from trainers.lease import DEAD_S, RENEW_S, Holder, leased, living_driver
 from trainers.mirror import fetch_all_records, mirror_of, opened, send_rest, shown
 from trainers.object_store import ObjectStore, checked_url, is_url
 from trainers.paths import RunPaths
-from trainers.run_lock import take_lock
+from trainers.run_lock import is_locked, take_lock_soon
+
+WATCH_S = 2 * RENEW_S
+"""How long the lease of a driver elsewhere is watched before it is taken for a dead one's."""
 
 
 def run_in(storage: str, name: str) -> RunPaths:
@@ -98,6 +103,25 @@ def _locked(run: RunPaths) -> Iterator[None]:
     require_own(run.root)
     require_no_way_out(run.root)
     with run.lock.open("a") as file:
-        if not take_lock(file):
+        if not take_lock_soon(file):
             raise ValueError(f"{run.root}: this run is being driven by another process")
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        file.flush()
         yield
+
+
+def driver_of(run: RunPaths, watch_s: float | None = WATCH_S) -> Holder | None:
+    """Who drives a run now; None where nobody does.
+
+    Args:
+        watch_s: see lease.living_driver.
+    """
+    if mirror := mirror_of(run.root):
+        return living_driver(mirror.store, watch_s)
+    if not is_locked(run.lock):
+        return None
+    try:
+        return Holder(**json.loads(run.lock.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):  # it has not written it yet
+        return Holder("?", 0)

@@ -16,6 +16,8 @@ from trainers.paths import append_text, write_text
 Decision = Literal["CONTINUE", "STOP"]
 CONTINUE: Decision = "CONTINUE"
 STOP: Decision = "STOP"
+BY_SCHEDULER = "stopped by its scheduler"
+"""The reason of a trial that nobody else stopped."""
 METRIC, MODE, CLOCK = "eval_loss", "min", "examples"
 """What a result is judged by, and when."""
 

@@ -2,7 +2,7 @@
 scheduler starts in the state to which the ledger's records lead."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,8 @@ class RecordedScheduler(FIFOScheduler):
         super().__init__()
         self._max_t = max_t
         self._metric = METRIC
+        self.withdrawn: Container[str] = ()
+        """Trials that end with their next result, whatever it is: somebody stopped them."""
         self._inner: Any = inner
         self._ledger = ledger
         self._added: set[str] = set()
@@ -111,8 +113,14 @@ class RecordedScheduler(FIFOScheduler):
         if not math.isfinite(result[METRIC]):
             return STOP  # any comparison with NaN is false, and Ray would go on
         examples = int(result[CLOCK])
-        decision = self._judge(_name(trial), examples, float(result[METRIC]))
-        return CONTINUE if examples >= self._max_t else decision
+        name, loss = _name(trial), float(result[METRIC])
+        decision = self._judge(name, examples, loss)
+        if examples >= self._max_t:
+            return CONTINUE
+        if name in self.withdrawn:
+            self.complete(name, examples, loss)
+            return STOP
+        return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         # Tune asks for no decision on a result that says done; it comes here alone.

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,16 @@ class ListSearcher(UnsavedSearcher):
         self._num_suggested += 1
         return {"trial": trial, **self._common}
 
+    def drop(self, name: str) -> bool:
+        """Leaves out a trial that was not suggested yet; False: it was, or is none of these."""
+        waiting = self._trials[self._num_suggested :]
+        kept = [trial for trial in waiting if trial["name"] != name]
+        self._trials[self._num_suggested :] = kept
+        return len(kept) < len(waiting)
+
+    def avoid(self, candidate: Candidate) -> None:
+        """A list proposes nothing."""
+
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
@@ -75,6 +85,7 @@ class OptunaSearcher(UnsavedSearcher):
         common: what all trials get beside their dict.
         first: trials of an earlier attempt that must run before any new one; each holds "candidate".
         history: candidates that ran, with their eval_loss, or None if they failed or diverged.
+        others: candidates that run beside the search, of which it learns nothing and proposes none.
 
     Raises:
         ValueError: a candidate of `first` or `history` is not in the admitted space.
@@ -90,6 +101,7 @@ class OptunaSearcher(UnsavedSearcher):
         common: dict[str, Any],
         first: Sequence[dict[str, Any]] = (),
         history: Sequence[tuple[Candidate, float | None]] = (),
+        others: Iterable[Candidate] = (),
     ) -> None:
         super().__init__(metric=METRIC, mode=MODE)
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # else a line for every study
@@ -115,6 +127,7 @@ class OptunaSearcher(UnsavedSearcher):
             self._admitted.parameters(candidate)  # refused here, not when its turn comes
         for number, (candidate, loss) in enumerate(history):
             self._tell(f"history-{number}", candidate, loss)
+        self._known |= set(others)
         self._centre = next(self._admitted.grid())
 
     def suggest(self, trial_id: str) -> Any:
@@ -129,6 +142,17 @@ class OptunaSearcher(UnsavedSearcher):
         self._num_left -= 1
         self._known.add(candidate)
         return {"trial": self._make_trial(candidate), **self._common}
+
+    def avoid(self, candidate: Candidate) -> None:
+        """Proposes a candidate no more: it runs beside the search."""
+        self._known.add(candidate)
+
+    def drop(self, name: str) -> bool:
+        """Leaves out a trial of an earlier attempt that was not suggested yet; False: there is none of that name."""
+        kept = deque(trial for trial in self._first if trial["name"] != name)
+        was_here = len(kept) < len(self._first)
+        self._first = kept
+        return was_here
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         asked, loss = self._asked.get(trial_id), _score(result)

@@ -36,28 +36,64 @@ ACTOR_FAILURES = 2
 """Deaths of its own actor that a trial survives; the worker's are the engine's matter."""
 
 
+SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": HEALTH_CHECK_INTERVAL_S,
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # We resume from our own files; Tune's state is saved at the end alone.
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    # The raylet warns on the driver's terminal at 4 starting processes a core; a trial starts three.
+    "RAY_worker_maximum_startup_concurrency": "32",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Variables by which Ray is set up for a sweep, unless its user set them."""
+
+
+class _Settings:
+    """What of this process is a sweep's while it runs: a notebook has other uses for its environment."""
+
+    def __init__(self) -> None:
+        self.set_here: list[str] = []
+        self.is_users_ray = False
+
+    def begin(self, settings: Mapping[str, str]) -> None:
+        """Sets variables that are not set."""
+        new = {name: value for name, value in settings.items() if name not in os.environ}
+        self.set_here += new
+        os.environ.update(new)
+
+    def end(self) -> bool:
+        """Takes them back; True: the Ray is the user's."""
+        for name in self.set_here:
+            os.environ.pop(name, None)
+        was_users, self.is_users_ray = self.is_users_ray, False
+        self.set_here = []
+        return was_users
+
+
+_settings = _Settings()
+
+
 def start_ray(address: str | None) -> None:
-    """Joins a cluster, whose workers get our packages, or starts a local one that listens on loopback alone.
+    """Joins a cluster, whose workers get our packages, or starts a local one that listens on loopback alone. In a
+    process that is connected to a Ray already that one is used, and stays.
 
     Raises:
         ValueError: no cluster answers at the address, or one with another Python or Ray; variables with secrets
-            that its dashboard would show; no place for the token of a local one.
+            that its dashboard would show; no place for the token of a local one; a Ray of this process that is
+            another, or of several machines without an address.
     """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    # We resume from our own files; Tune's state is saved at the end alone.
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
-    # The raylet warns on the driver's terminal at 4 starting processes a core; a trial starts three.
-    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "32")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if address is None:
-        # A process less for every trial; a machine of one's own is not preempted.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # A process less for every trial; a machine of one's own is not preempted.
+    alone = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} if address is None else {}
+    _settings.begin(SETTINGS | alone)
     import ray
     from ray._private import auto_init_hook
 
+    if ray.is_initialized():
+        _settings.is_users_ray = True
+        require_usable(address, ray.nodes(), ray.get_runtime_context().gcs_address)
+        return
     # A thread that asks Ray for something after its end would start another, one of Ray's own choice.
     auto_init_hook.enable_auto_connect = False
     options: dict[str, Any] = {
@@ -84,6 +120,30 @@ def start_ray(address: str | None) -> None:
             f"address {address}: no Ray cluster answers ({str(error).splitlines()[0]}); "
             "start one with `ray start --head`, or leave --address out"
         ) from error
+
+
+def require_usable(address: str | None, nodes: Sequence[Mapping[str, Any]], gcs: str) -> None:
+    """The Ray that this process is connected to is one that a sweep can use.
+
+    Args:
+        gcs: its address.
+
+    Raises:
+        ValueError: it is not at the address that the config names; it has several machines and the config names none,
+            so that its paths would be this machine's.
+    """
+    known, own = host_and_port(address or ""), host_and_port(gcs)
+    if known and own and known != own:
+        raise ValueError(
+            f"address {address}: this process is connected to the Ray at {gcs} already; give that, or leave Ray to "
+            "the sweep (ray.shutdown())"
+        )
+    num_nodes = sum(bool(node["Alive"]) for node in nodes)
+    if address is None and num_nodes > 1:
+        raise ValueError(
+            f"address must be given where this process is connected to a Ray of several machines ({num_nodes}): set "
+            f"address: {gcs}, and storage: to what all of them reach"
+        )
 
 
 def _start_local(options: Mapping[str, Any]) -> None:
@@ -254,11 +314,13 @@ def finish(
 
 
 def stop_ray() -> None:
-    """Leaves the cluster (and ends it, when it was started here)."""
+    """Leaves the cluster (and ends it, when it was started here); a Ray that was there before stays."""
     import ray
 
     if signals.is_broken_off():
         return  # its processes are killed as the command ends
+    if _settings.end():
+        return
     if "ray" in sys.modules and ray.is_initialized():
         with signals.kept(leaving=True):
             ray.shutdown()

@@ -1,17 +1,17 @@
 """The trials of a run: their dicts, and what of them is left to do."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestration.choice_config import judge_of, task_spec
 from orchestration.results import USABLE, mark_ended, read_trial
 from orchestration.rl_config import rl_spec
-from orchestration.rungs import CLOCK, RungLedger, stopped_trials
+from orchestration.rungs import BY_SCHEDULER, CLOCK, RungLedger, stopped_trials
 from search_spaces.candidate import Candidate, trial_name
 from trainers.base_fetch import is_hub_id
 from trainers.mirror import shown
-from trainers.paths import RunPaths, read_state, write_state
+from trainers.paths import RunPaths, TrialPaths, read_state, write_state
 
 if TYPE_CHECKING:
     from cluster.inventory import TrialDemand
@@ -101,25 +101,33 @@ def settle(run: RunPaths) -> dict[str, int]:
     for name in sorted(stopped_trials(records)):
         paths = run.trial(name)
         if paths.config.exists() and not paths.status.exists():
-            config, rows = read_state(paths.config), read_trial(paths).rows
-            done = bool(rows) and rows[-1]["examples"] >= config["num_examples"]
-            reason = "" if done else "stopped by its scheduler"
-            mark_ended(paths, "finished" if done else "stopped", reason)
+            end_stopped(paths, BY_SCHEDULER)
     seen: dict[str, set[int]] = {}
     for record in records:
         seen.setdefault(record.trial, set()).add(record.examples)
     return {name: len(examples) for name, examples in seen.items()}
 
 
+def end_stopped(paths: TrialPaths, reason: str) -> None:
+    """Writes the end of a trial that was stopped, unless it had come to its own by then."""
+    config, rows = read_state(paths.config), read_trial(paths).rows
+    done = bool(rows) and rows[-1]["examples"] >= config["num_examples"]
+    mark_ended(paths, "finished" if done else "stopped", "" if done else reason)
+
+
 def untold(run: RunPaths) -> list[tuple[str, int, float]]:
     """(trial, examples, eval_loss) of last results that no driver lived to tell its scheduler: a trial
-    that finishes ends on its worker."""
-    told, left = stopped_trials(RungLedger(run.rungs).records()), []
+    that finishes ends on its worker, and one that somebody stopped had a result that was judged before."""
+    records = RungLedger(run.rungs).records()
+    told, left = stopped_trials(records), []
+    judged = {record.trial: (record.examples, record.eval_loss) for record in records}
     for name in known_names(run):
         record = read_trial(run.trial(name))
         if record.status == "finished" and name not in told:
             last = record.rows[-1]
             left.append((name, last[CLOCK], record.judge.loss(last)))
+        elif record.status == "stopped" and name in judged.keys() - told:
+            left.append((name, *judged[name]))
     return left
 
 
@@ -135,10 +143,12 @@ def known_names(run: RunPaths) -> list[str]:
     return [path.parent.name for path in configs if read_state(path).get("repeats") is None]
 
 
-def history(run: RunPaths) -> list[tuple[Candidate, float | None]]:
-    """Candidates that ended, with the last eval_loss of those that ended well."""
+def history(run: RunPaths, without: Container[str] = ()) -> list[tuple[Candidate, float | None]]:
+    """Candidates that ended, with the last eval_loss of those that ended well, but for some trials."""
     found = []
     for name in known_names(run):
+        if name in without:
+            continue
         record = read_trial(run.trial(name))
         if record.status == "unfinished":
             continue

@@ -60,6 +60,17 @@ def _values_of(text: str, path: Path) -> Any:
             loader.dispose()
 
 
+def read_value(text: str, where: str) -> Any:
+    """A single value as YAML writes it, where 3e-4 is a number.
+
+    Raises:
+        ConfigError: not YAML, or a credential.
+    """
+    if why := credential_in(text):
+        raise ConfigError(f"{where}: {why}")
+    return _values_of(text, Path(where))
+
+
 def texts_in(value: Any) -> Iterator[str]:
     """The texts within a value of YAML, keys included, each object once: an alias can name one endlessly."""
     todo, seen = [value], set[int]()

@@ -141,11 +141,7 @@ def prune(
     admitted: list[Candidate] = []
     discarded, advised = DiscardedList(), DiscardedList()
     for candidate in candidates:
-        cut, advice = judge.verdict(candidate), None
-        if policy == "advisory" and cut is not None and cut.rule == CAPACITY:
-            cut, advice = None, cut
-        if cut is None and outside is not None:
-            cut = outside(candidate)
+        cut, advice = _judged(candidate, judge, policy, outside)
         if cut is not None:
             discarded.add(candidate, cut)
             continue
@@ -155,6 +151,30 @@ def prune(
     if discarded and not admitted:
         raise NothingAdmittedError(_nothing_message(discarded.verdicts()))
     return PruneResult(admitted=tuple(admitted), discarded=discarded, advised=advised)
+
+
+def why_not(
+    candidate: Candidate,
+    shape: ModelShape,
+    dataset_bits: Real,
+    policy: str = "discard",
+    outside: OutsideRule | None = None,
+) -> Verdict | None:
+    """Why a single candidate would be discarded by `prune`, or None; args as there."""
+    judge = _Judge(shape, whole_bits(dataset_bits))
+    return _judged(candidate, judge, _check_policy(policy), outside)[0]
+
+
+def _judged(
+    candidate: Candidate, judge: "_Judge", policy: Policy, outside: OutsideRule | None
+) -> tuple[Verdict | None, Verdict | None]:
+    """Why a candidate is discarded, and why it would be under the policy 'discard'."""
+    cut, advice = judge.verdict(candidate), None
+    if policy == "advisory" and cut is not None and cut.rule == CAPACITY:
+        cut, advice = None, cut
+    if cut is None and outside is not None:
+        cut = outside(candidate)
+    return cut, advice
 
 
 class _Judge:

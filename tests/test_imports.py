@@ -61,6 +61,27 @@ def test_imports_of_the_command_line_hold_nothing_heavy(tmp_path):
     assert loaded & {*HEAVY, "pydantic", "rich", "numpy"} == set()
 
 
+def test_imports_of_the_python_api_hold_nothing_heavy_until_it_is_used(tmp_path):
+    loaded = loaded_after("import orchestration", tmp_path)
+    assert loaded & {*HEAVY, "pydantic", "rich", "numpy", "pandas", "yaml"} == set()
+    loaded = loaded_after("from orchestration import Sweep\nassert Sweep.plan", tmp_path)
+    assert loaded & {*HEAVY, "numpy", "pandas"} == set()
+
+
+def test_imports_after_status_and_the_verbs_of_trials_hold_nothing_heavy(tmp_path):
+    rows = [{"prompt": f"{i} plus one?", "completion": f" It is {i + 1}."} for i in range(60)]
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    written = "from tests.orchestration.written_runs import WrittenRun\nsweep = WrittenRun()\n"
+    loaded_after(written, tmp_path)
+    run, code = tmp_path / "runs" / "run", "from orchestration.cli import main\n"
+    (first, second) = sorted(path.name for path in (run / "trials").iterdir())
+    for verb in (["status"], ["trial", "stop"], ["trial", "clone"]):
+        trial = {"stop": [first], "clone": [second, "--set", "seed=3"]}.get(verb[-1], [])
+        code += f"assert main({[*verb, str(run), *trial]!r}) == 0\n"
+    assert loaded_after(code, tmp_path) & HEAVY == set()
+    assert len(list((run / "commands").iterdir())) == 2
+
+
 def test_imports_after_help_hold_nothing_heavy(tmp_path):
     code = (
         "from orchestration.cli import main\n"

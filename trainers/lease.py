@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from trainers.host import host_id, is_alive
@@ -28,6 +29,36 @@ def current_driver(store: ObjectStore) -> str | None:
     """The id of the driver of a run; None where nobody drives it."""
     lease = _read(store)
     return lease["id"] if lease else None
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who drives a run: a process, of a host."""
+
+    host: str
+    pid: int
+
+
+def living_driver(store: ObjectStore, watch_s: float | None) -> Holder | None:
+    """Who drives a run; None where nobody does, or where he has died, as far as can be seen within a time.
+
+    Args:
+        watch_s: how long a lease of another host is watched: one that stays the same is nobody's. None: it is
+            believed.
+    """
+    if (found := _read(store)) is None:
+        return None
+    holder = Holder(str(found["host"]).partition(" ")[0], int(found["pid"]))
+    if found["host"] == host_id():
+        return holder if is_alive(holder.pid) else None
+    if watch_s is None:
+        return holder
+    deadline = time.monotonic() + watch_s
+    while time.monotonic() < deadline:
+        time.sleep(POLL_S)
+        if (now := _read(store)) != found:
+            return holder if now else None
+    return None
 
 
 def require_driver(store: ObjectStore, driver: str) -> None:

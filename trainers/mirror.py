@@ -133,9 +133,16 @@ class Mirror:
     def pull_records(self) -> None:
         """Brings everything here that changed there, but for weights and what nobody reads back."""
         names = self.store.listing()
-        found = {name: tag for name, tag in names.items() if _is_record(name)}
+        self._pull_changed(names)
         kept = (name for name in names if name.endswith(f"/{PREVIOUS}"))
         self._may_have_previous |= {name.removesuffix(f"/{PREVIOUS}") for name in kept}
+
+    def pull_new(self, path: Path) -> None:
+        """Brings everything of a folder of small files here that changed there."""
+        self._pull_changed(self.store.listing(self.name(path)))
+
+    def _pull_changed(self, names: dict[str, str]) -> None:
+        found = {name: tag for name, tag in names.items() if _is_record(name)}
         changed = [name for name, tag in found.items() if self._seen.get(name) != tag]
         for name, content in self.store.read_all(changed).items():
             self._keep(name, content)
@@ -228,6 +235,12 @@ def fetch(path: Path) -> None:
     """Brings a file of a copy to what it is on the store; an ordinary file is what it is."""
     if mirror := mirror_of(path):
         mirror.pull(path)
+
+
+def fetch_new(path: Path) -> None:
+    """Brings what is new in a folder of small files here from the store."""
+    if mirror := mirror_of(path):
+        mirror.pull_new(path)
 
 
 def fetch_folder(path: Path) -> None:

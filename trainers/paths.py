@@ -34,6 +34,11 @@ class TrialPaths:
         return self.root / "status.json"
 
     @property
+    def clone(self) -> Path:
+        """Of a trial that was not planned: its candidate, and whose it was; see orchestration/clones.py."""
+        return self.root / "clone.json"
+
+    @property
     def error(self) -> Path:
         return self.root / "error.txt"
 
@@ -93,6 +98,16 @@ class RunPaths:
     def workers(self) -> Path:
         """Held by every process that writes trials; see trainers/run_lock.py."""
         return self.root / ".workers"
+
+    @property
+    def commands(self) -> Path:
+        """What is asked of the sweep's driver from elsewhere; see orchestration/commands.py."""
+        return self.root / "commands"
+
+    @property
+    def answers(self) -> Path:
+        """What became of each command, under its name."""
+        return self.root / "answers"
 
     @property
     def tune(self) -> Path:

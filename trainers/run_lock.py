@@ -20,6 +20,8 @@ from trainers.paths import RunPaths, remove_leftovers
 WAIT_S = 120.0
 """How long a driver waits for an earlier driver's workers; they were gone in under 3 s on a busy laptop."""
 POLL_S = 0.1
+LOOKS_S = 0.5
+"""How long those may take who look whether a run is driven."""
 
 
 @contextmanager
@@ -79,6 +81,28 @@ def _wait_for_lock(file: IO[str], run: RunPaths, wait_s: float) -> None:
                 "ray::RayTrainWorker) and try again"
             )
         time.sleep(POLL_S)
+
+
+def take_lock_soon(file: IO[str], wait_s: float = LOOKS_S) -> bool:
+    """`take_lock`, which waits for those that only look whether it is taken (`is_locked`)."""
+    deadline = time.monotonic() + wait_s
+    while not take_lock(file):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock that `take_lock` took. To look takes it for an instant, beside others who look."""
+    if not path.is_file():
+        return False
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def take_lock(file: IO[str]) -> bool:

@@ -39,6 +39,7 @@ class StudyWork(Work):
     def look(self) -> None:
         fetch_all_records(self.run.root)
         self.seen = settle(self.run)
+        self.clones = {}
         self.agenda.asked.clear()
         self.trials = self.agenda.take()
 
@@ -50,6 +51,9 @@ class StudyWork(Work):
             return None
         template = next((a.template for a in self.agenda.arms if not a.full_finetune), None)
         return self.maker.make(template) if template else self.trials[0]
+
+    def control(self, *given: Any, **named: Any) -> None:
+        """A study's points are fixed."""
 
     def searcher(self, common: dict[str, Any]) -> Any:
         return PointSearcher(self.trials, self.agenda.take, common | {"seen": self.seen})

@@ -113,6 +113,29 @@ def test_enlisted_trial_goes_on_from_the_evaluation_it_is_enlisted_with():
     assert told(board, "g") == [("allow", "a", 4)]
 
 
+def test_trials_put_ahead_get_the_next_places_in_their_order_before_those_of_the_plan():
+    board = board_of("g", places=1)
+    board.enlist([(trial(name), 0) for name in "abc"])
+    for name in "xy":
+        board.put_ahead(trial(name))
+    assert (placed(board), waiting(board)) == ({"g": ["a"]}, ["x", "y", "b", "c"])
+    ask_all(board, "x")
+    board.hear([row_event("a", 0, last=True), end_event("a")])
+    assert (placed(board), waiting(board)) == ({"g": ["x"]}, ["y", "b", "c"])
+
+
+def test_cancelled_trial_ends_with_the_reason_that_it_is_cancelled_for():
+    board = board_of("g", places=1)
+    ask_all(board, "a", "b")
+    told(board, "g")
+    for name in "ba":
+        board.cancel(name, "stopped by somebody")
+    ended = {"status": "stopped", "reason": "stopped by somebody"}
+    assert board.answer("a", 0) == board.answer("b", 0) == {"ended": ended, "row": None}
+    assert told(board, "g") == [("cancel", "a", None)]
+    assert (placed(board), waiting(board)) == ({"g": []}, [])
+
+
 def test_enlisted_twice_is_one_trial():
     board = board_of("g", places=1)
     for _ in range(2):

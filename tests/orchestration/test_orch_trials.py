@@ -50,11 +50,18 @@ def test_resume_tells_the_scheduler_of_a_finish_that_no_driver_lived_to_see(run,
     assert untold(run) == []
 
 
-@pytest.mark.parametrize("status", ["diverged", "failed", "stopped"])
+@pytest.mark.parametrize("status", ["diverged", "failed"])
 def test_resume_tells_the_scheduler_nothing_of_other_ends(run, status):
     write_trial(run, "a", 2, status)
     record(run, "a", 10)
     assert untold(run) == []
+
+
+def test_resume_tells_the_scheduler_that_a_trial_was_stopped_by_somebody_else(run):
+    write_trial(run, "a", 2, "stopped")
+    write_trial(run, "never judged", 1, "stopped")
+    record(run, "a", 10)
+    assert untold(run) == [("a", 10, 2.0)]
 
 
 def test_resume_tells_nothing_of_a_trial_that_was_stopped_while_it_finished(run):

@@ -1,13 +1,19 @@
 """Searchers and schedulers under the real Tune, with stub trials on a local Ray."""
 
+import asyncio
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray import tune
 from ray.tune.search import Searcher
 
+from orchestration import Sweep, pool
 from orchestration.config import make_config
 from orchestration.planning import make_plan
 from orchestration.rungs import RungLedger, stopped_trials
@@ -15,6 +21,7 @@ from orchestration.schedulers import make_scheduler
 from orchestration.searchers import ListSearcher, OptunaSearcher
 from orchestration.time_limit import TimeLimit
 from search_spaces.candidate import Candidate, grid_candidates, trial_name
+from tests.orchestration import stubs
 from tests.orchestration.local_cluster import bare_ray
 from trainers.paths import RunPaths
 
@@ -102,3 +109,46 @@ def test_tune_whose_time_is_up_stops_all_and_asks_for_no_more(tmp_path):
     found = num_results(ledger)
     assert found["loss1.0"] == 9
     assert "loss3.0" not in found
+
+
+def test_sweep_from_python_joins_the_ray_of_its_process_in_a_notebooks_thread_and_leaves_it(
+    write_sweep, monkeypatch, capsys
+):
+    monkeypatch.setattr(pool, "_serve", stubs.serve)
+    path = write_sweep(
+        lora_rank=4,
+        learning_rate=[1e-3, 3e-3],
+        global_batch_size=16,
+        examples=32,
+        eval_every=16,
+        scheduler="fifo",
+        quantization="none",
+        dtype="fp32",
+        cpus_per_worker=2,
+        name="run",
+    )
+    handled = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    environment, ran = dict(os.environ), []
+
+    async def cell() -> None:  # a loop runs where a notebook calls us
+        ran.append(Sweep(path).run(quiet=True))
+
+    thread = threading.Thread(target=lambda: asyncio.run(cell()))
+    thread.start()
+    thread.join()
+    results = ran[0].results()
+    assert list(results.status) == ["finished", "finished"]
+    assert list(results.examples_seen) == [32, 32]
+    assert results.is_best.sum() == 1
+    assert ran[0].status()["state"] == "ended"
+    assert capsys.readouterr().out == ""
+    assert ray.is_initialized()
+    assert ray.get(ray.put(7)) == 7
+    assert {number: signal.getsignal(number) for number in handled} == handled
+    assert (
+        not {name for name in os.environ if name.startswith("TUNE_")}
+        - environment.keys()
+        - {
+            "TUNE_DISABLE_SIGINT_HANDLER"  # Tune's own, in every thread but the main one
+        }
+    )
