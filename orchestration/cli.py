@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestration import signals
 from orchestration.cluster_verb import add_cluster_options, run_cluster
+from orchestration.config_verbs import add_config_verbs
 from orchestration.exit_codes import BAD_INPUT, INTERRUPTED
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     resume.set_defaults(run=_resume)
     _add_export(verbs)
     _add_study(verbs)
+    add_config_verbs(verbs)
     text = "a Ray, KubeRay or Slurm manifest of the size that the plan asks for"
     cluster = verbs.add_parser("cluster", help=text, description=text, epilog=EXIT_CODES)
     add_cluster_options(cluster)

@@ -12,6 +12,12 @@ MAX_WEIGHT = 1000
 """Of a file of the data: its rows are written that often."""
 
 
+def has_switch(value: Any) -> bool:
+    """Whether a value, or one in its list, is true or false, which Python would take for 1 or 0."""
+    items = value if isinstance(value, list) else [value]
+    return any(isinstance(item, bool) for item in items)
+
+
 def check_data(value: Any) -> None:
     """A file, folder or hub id, or several with weights.
 
