@@ -93,6 +93,16 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+class _Version(argparse.Action):
+    """argparse's own would ask for the version at every start."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version  # pyproject.toml says it, once
+
+        print(f"tenfold {version('tenfold')}")
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line: a verb, a config, few operational flags; everything else is in the file."""
     parser = argparse.ArgumentParser(
@@ -100,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Finds the right LoRA for a model and a dataset: doctrine-built sweeps on Ray.",
         epilog=EXIT_CODES,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for name, run, text in (
         ("check", _check, "pitfalls and data audit; nothing runs"),
