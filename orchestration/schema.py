@@ -49,8 +49,8 @@ def _list_of(item: Schema, *, distinct: bool = True) -> Schema:
     return {"type": "array", "items": item, "minItems": 1, **different}
 
 
-def _matching(pattern: str) -> Schema:
-    return {"type": "string", "pattern": f"^(?:{pattern}){END}"}
+def _matching(pattern: str, *examples: str) -> Schema:
+    return {"type": "string", "pattern": f"^(?:{pattern}){END}", "examples": list(examples)}
 
 
 def _weighted(weight: Schema) -> Schema:
@@ -66,11 +66,11 @@ def _weighted(weight: Schema) -> Schema:
 def _variant() -> Schema:
     known = "|".join(variants.MEANINGS)
     combined = rf"(?!.*\b(\w+)\b.*\b\1\b)(?:{known})(?:\+(?:{known}))*"
-    return _any_of(_words(variants.PLAIN, *variants.MEANINGS), _matching(combined))
+    return _any_of(_words(variants.PLAIN, *variants.MEANINGS), _matching(combined, "rslora+dora"))
 
 
 NUMBER = r"(?=[^*e]*[1-9])(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-ALPHA_RULE = _any_of(_words("rank", "2*rank"), _matching(rf" *(?:{NUMBER} *\* *)?rank *"))
+ALPHA_RULE = _matching(rf" *(?:{NUMBER} *\* *)?rank *", "rank", "2*rank")
 TARGET_NAME = _any_of(_words("attn", "mlp", "experts", "unembed"), TEXT)
 RATES = _any_of(POSITIVE, _list_of(POSITIVE), RATE_RANGE)
 COUNTS = _any_of(COUNT, _list_of(COUNT), COUNT_RANGE)
@@ -86,7 +86,7 @@ REWARD_WEIGHT: Schema = {
 
 FORMS: Mapping[str, Schema] = {
     "data": _any_of(TEXT, _weighted(DATA_WEIGHT)),
-    "name": {**_matching(r"[^\s/\\.+-][^\s/\\]*"), "maxLength": MAX_NAME_BYTES},
+    "name": {**_matching(r"[^\s/\\.+-][^\s/\\]*", "llama-8b-v2"), "maxLength": MAX_NAME_BYTES},
     "columns": {
         "type": "object",
         "propertyNames": _words(*ROLES),
@@ -109,7 +109,7 @@ FORMS: Mapping[str, Schema] = {
     ),
     "size_class": _words(*(row.name for row in doctrine.RANK_TABLE.value)),
     "dropout": _any_of(FRACTION, _list_of(FRACTION)),
-    "inventory": _matching(INVENTORY.pattern),
+    "inventory": _matching(INVENTORY.pattern, "8xH100-80GB", "1x24GB"),
     "tracking": _any_of(TRACKER, {"type": "array", "items": TRACKER}),
     "seeds": _any_of(COUNT | {"maximum": MAX_POINTS}, _list_of({"type": "integer", "minimum": 0})),
 }
