@@ -1,6 +1,8 @@
 """Runs `make demo` in a fresh run folder and puts its output and the report's picture into the README.
 
 python docs/update_readme.py        (needs Chromium for the picture)
+
+Of the output the README shows the essential lines: the plan, what is discarded, and the results.
 """
 
 import re
@@ -23,6 +25,10 @@ CHROMIUM_FLAGS = [
     "--hide-scrollbars",
     "--virtual-time-budget=8000",
 ]
+PLANNED = re.compile(r"demo: \d+ candidates planned")
+RESULTS = re.compile(r"demo: \d+ trials, ")
+ESSENTIAL = re.compile(r"demo: |  discarded: ")
+LEFT_OUT = "..."
 
 
 def picture(report: Path, target: Path) -> None:
@@ -35,6 +41,29 @@ def picture(report: Path, target: Path) -> None:
         )
 
 
+def essential(output: str) -> str:
+    """The lines of the demo's output that say what it does; what is left out between them stands as "...".
+
+    Raises: ValueError: the output has no plan or no results, which the README must show.
+    """
+    kept: list[str] = []
+    is_result = False
+    for line in output.strip().splitlines():
+        is_result = is_result or bool(RESULTS.match(line))
+        if is_result or ESSENTIAL.match(line):
+            kept.append(line)
+        elif kept and kept[-1] != LEFT_OUT:
+            kept.append(LEFT_OUT)
+    if not kept or not PLANNED.match(kept[0]) or not is_result:
+        raise ValueError(f"the demo must print its plan and its results, it printed:\n{output}")
+    return "\n".join(kept)
+
+
+def block_of(output: str) -> str:
+    """The README's block between the markers."""
+    return f"<!-- demo output -->\n```\n$ make demo\n{essential(output)}\n```\n<!-- end -->"
+
+
 def main() -> None:
     done = subprocess.run(["make", "demo"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -43,10 +72,11 @@ def main() -> None:
     assert found, done.stdout
     picture((ROOT / found[1]).resolve(), ROOT / "docs" / "report.png")
     readme = ROOT / "README.md"
-    block = f"<!-- demo output -->\n```\n$ make demo\n{done.stdout.strip()}\n```\n<!-- end -->"
-    text = re.sub(
+    block = block_of(done.stdout)
+    text, count = re.subn(
         r"<!-- demo output.*?<!-- end -->", lambda _: block, readme.read_text(), flags=re.DOTALL
     )
+    assert count == 1, "the README must hold the two markers once"
     readme.write_text(text)
 
 

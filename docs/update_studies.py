@@ -1,9 +1,9 @@
-"""Puts finished studies into docs/studies and their pictures into the README's "What we measured".
+"""Puts finished studies into docs/studies and their pictures into docs/studies.md, "What we measured".
 
 python docs/update_studies.py runs/lr-ratio-laptop ...      (needs Chromium for the pictures)
 
 Of each study docs/studies/NAME gets study.yaml, results.json, results.csv, report.html and picture.png.
-The reports share one copy of plotly's script (docs/studies/plotly.min.js). Without arguments the README's
+The reports share one copy of plotly's script (docs/studies/plotly.min.js). Without arguments the page's
 section is written again from what is there.
 """
 
@@ -27,6 +27,7 @@ from search_spaces import doctrine
 from trainers.paths import read_json
 
 STUDIES = ROOT / "docs" / "studies"
+PAGE = ROOT / "docs" / "studies.md"
 SCRIPT = "plotly.min.js"
 COPIED = ("study.yaml", "results.json", "results.csv")
 
@@ -62,13 +63,13 @@ def take_picture(results: dict[str, Any], target: Path) -> None:
 
 
 def section() -> str:
-    """The README's section: a picture and a line for each study."""
+    """The page's section: a picture and a line for each study."""
     found = [
         read_json(path) | {"folder": path.parent.name} for path in STUDIES.glob("*/results.json")
     ]
     lines = []
     for results in sorted(found, key=lambda each: (KINDS.index(each["kind"]), each["folder"])):
-        folder, verdict = f"docs/studies/{results['folder']}", results["verdict"]
+        folder, verdict = f"studies/{results['folder']}", results["verdict"]
         lines += [
             f"**{results['folder']}**: {verdict['status']}. {verdict['sentence']} "
             f"([report]({folder}/report.html), with the command; {results['machine']})",
@@ -125,16 +126,15 @@ def ratios(
 def main() -> None:
     for name in sys.argv[1:]:
         add(Path(name))
-    readme = ROOT / "README.md"
     block = f"<!-- studies -->\n{section()}\n<!-- end studies -->"
     text, count = re.subn(
         r"<!-- studies -->.*?<!-- end studies -->",
         lambda _: block,
-        readme.read_text(),
+        PAGE.read_text(),
         flags=re.DOTALL,
     )
-    assert count == 1, "the README must hold the two markers once"
-    readme.write_text(text)
+    assert count == 1, "docs/studies.md must hold the two markers once"
+    PAGE.write_text(text)
 
 
 if __name__ == "__main__":

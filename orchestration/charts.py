@@ -56,7 +56,7 @@ def lr_loss_chart(records: list[TrialRecord]) -> go.Figure:
         )
         figure.add_scatter(
             x=[record.candidate["learning_rate"] for record in members],
-            y=[score.of(record.best["eval_loss"]) for record in members if record.best],
+            y=[score.of(record.best_loss) for record in members],
             mode="lines+markers",
             name=group,
             text=[escaped(f"{record.name} ({record.status})") for record in members],
@@ -78,7 +78,7 @@ def lr_loss_chart(records: list[TrialRecord]) -> go.Figure:
 def _mark_diverged(figure: go.Figure, records: list[TrialRecord]) -> None:
     diverged = [record for record in records if record.status == "diverged"]
     score = objective_of_records(records)
-    scored = [record.best["eval_loss"] for record in records if record.best]
+    scored = [record.best_loss for record in records if record.best]
     if diverged:
         figure.add_scatter(
             x=[record.candidate["learning_rate"] for record in diverged],

@@ -13,52 +13,31 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
-from cluster.gpus import parse_inventory
+from orchestration.choice_config import (
+    check_metric,
+    check_select,
+    require_choice_keys,
+    seconds_of,
+    task_spec,
+)
 from orchestration.config_checks import (
     check_data,
     check_prior,
     check_reward,
     check_texts,
     has_switch,
+    require_strategy,
 )
 from orchestration.config_problems import credential_lines, problem_lines, unknown_key
+from orchestration.config_types import CarriedFrom, Fraction01, LogRange, Positive, PositiveInt
 from orchestration.rl_config import require_method_keys, rl_spec
 from orchestration.yaml_file import ConfigError, read_values
 from search_spaces.values import MAX_POINTS, check_sizes, parse_domain, parse_targets
 from trainers.object_store import checked_url, is_url
 
-
-class LogRange(BaseModel):
-    """`num` log-spaced values from `low` to `high`, both included."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    low: float = Field(gt=0)
-    """The smallest value."""
-    high: float = Field(gt=0)
-    """The largest value."""
-    num: int = Field(ge=1, le=MAX_POINTS)
-    """How many values."""
-
-
-class CarriedFrom(BaseModel):
-    """{from: runs/SMALL}: the learning rate that was best there, carried to this model's width."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    folder: str = Field(alias="from")
-    """Folder of the run, or its URL."""
-
-    @model_serializer
-    def _as_written(self) -> dict[str, str]:
-        return {"from": self.folder}
-
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction01 = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 COUNTS = ("lora_rank", "global_batch_size", "examples", "seed", "dataset_tokens")
 MAYBE_SWITCHES = ("gradient_checkpointing",)
 """Keys that are true, false or a word."""
@@ -221,6 +200,24 @@ class SweepConfig(BaseModel):
     tracking: list[Literal["wandb", "tensorboard"]] = []
     """Where metrics are also logged; wandb without a key writes offline."""
 
+    # Choosing, and when to stop
+    metric: str | dict[str, float] = "eval_loss"
+    """What trials are judged by: eval_loss, bits_per_byte, or what the answers to held-out rows earn, named as for
+    reward: exact_match, numeric_answer, regex:PATTERN, ..., or several with weights."""
+    metric_rows: PositiveInt | None = None
+    """Held-out rows that are answered at each evaluation for a metric of answers; default: 128."""
+    select: str = "best"
+    """best, or lowest_lr_within 0.5%: of the trials that are worse than the best by no more, the one with the lowest
+    learning rate."""
+    max_forgetting: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Most that retention_loss may have risen over the base's, nats/token, in an evaluation that is chosen."""
+    confirm: Annotated[int, Field(ge=0, le=MAX_POINTS)] = 0
+    """New seeds, at least 2, on which the best two candidates are trained again before one is chosen."""
+    time_budget: str | None = None
+    """What training may take, as 90m, 2h or 1h30m, over all resumes; then the best so far is kept."""
+    max_cost: Positive | None = None
+    """What the GPUs may cost at price_per_gpu_hour; then the best so far is kept."""
+
     @field_validator("tracking", mode="before")
     @classmethod
     def _one_tracker(cls, value: Any) -> Any:
@@ -242,8 +239,10 @@ class SweepConfig(BaseModel):
             raise ValueError(f"{key} {must} be true or false, got {value!r}")
         if key == "data":
             check_data(value)
-        if key == "reward":
-            check_reward(value)
+        if key in ("reward", "metric"):
+            check_reward(key, value)
+        if key == "metric":
+            check_metric(value)
         if key in COUNTS:
             value = _whole(value)
         if value is not None and key == "target":
@@ -256,6 +255,19 @@ class SweepConfig(BaseModel):
     @classmethod
     def _folder(cls, value: str) -> str:
         return checked_url(value) if is_url(value) else value
+
+    @field_validator("select")
+    @classmethod
+    def _choice(cls, value: str) -> str:
+        check_select(value)
+        return value
+
+    @field_validator("time_budget")
+    @classmethod
+    def _duration(cls, value: str | None) -> str | None:
+        if value is not None:
+            seconds_of(value)
+        return value
 
     @field_validator("name")
     @classmethod
@@ -271,6 +283,7 @@ class SweepConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> "SweepConfig":
         require_method_keys(self)
+        require_choice_keys(self)
         if self.method == "sft" and (self.data is None) == (self.dataset_tokens is None):
             raise ValueError(
                 "give data (a file, folder or hub id), or instead dataset_tokens for plan alone"
@@ -283,31 +296,10 @@ class SweepConfig(BaseModel):
                 f"gpus_per_worker below 1 is for one worker a trial, got {share} and workers_per_trial "
                 f"{workers}; two workers of one trial cannot share a GPU"
             )
-        self._require_strategy()
+        require_strategy(self)
         if self.search != "grid" and self.num_candidates is None:
             raise ValueError(f"search: {self.search} needs num_candidates")
         return self
-
-    def _require_strategy(self) -> None:
-        workers, share = self.workers_per_trial, self.gpus_per_worker
-        if self.strategy == "single" and workers not in ("auto", 1):
-            raise ValueError(
-                f"strategy: single is one worker, got workers_per_trial {workers}; set strategy: ddp"
-            )
-        if self.strategy in ("ddp", "zero3") and (
-            workers == 1 or (share != "auto" and 0 < share < 1)
-        ):
-            raise ValueError(
-                f"strategy: {self.strategy} needs workers_per_trial of at least 2 and whole GPUs, got "
-                f"workers_per_trial {workers} and gpus_per_worker {share}"
-            )
-        if self.strategy == "zero3" and self.gradient_checkpointing is False:
-            raise ValueError(
-                "strategy: zero3 computes layers again in the backward pass, got gradient_checkpointing "
-                "false; leave it out"
-            )
-        if self.inventory is not None:
-            parse_inventory(self.inventory)
 
 
 SPACE_KEYS = (
@@ -345,7 +337,7 @@ def local_inputs(config: SweepConfig) -> list[str]:
     """What a sweep reads of this machine's disk beside its model, so that workers elsewhere must find it."""
     data = [config.data] if isinstance(config.data, str) else list(config.data or {})
     held_out = [config.eval] if isinstance(config.eval, str) else []
-    spec = rl_spec(config)
+    spec = rl_spec(config) or task_spec(config)
     rewards = spec.files if spec else []
     return local_files([*data, *held_out, config.retention, config.chat_template, *rewards])
 

@@ -1,11 +1,12 @@
 """The two ways to run the trials of a sweep: packed on warm workers, or each on workers of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from cluster.inventory import Inventory
-from orchestration import sweep
+from orchestration import signals, sweep
+from orchestration.choosing import repeat_names
 from orchestration.config import SweepConfig
 from orchestration.ledger import Ledger
 from orchestration.mending import mend
@@ -15,6 +16,7 @@ from orchestration.progress import Progress
 from orchestration.results import mark_ended, notes_of
 from orchestration.rungs import RungLedger
 from orchestration.schedulers import make_scheduler
+from orchestration.time_limit import TimeLimit
 from orchestration.tracking import make_trackers
 from orchestration.trials import TrialMaker, history, known_names, settle, unended, untold
 from search_spaces.candidate import trial_name
@@ -79,22 +81,25 @@ def _packed(inventory: Inventory, progress: Progress, work: "Work") -> None:
         progress.note(f"{packs.num_groups} group(s) x {packs.places} adapters: {packs.reason}")
         homes = homes_of(run)
         order = {name: at for at, name in enumerate(homes)}
-        work.trials.sort(key=lambda trial: order.get(trial["name"], len(order)))
-        pool.open(packs.places, [(t, work.seen.get(t["name"], 0)) for t in work.trials], homes)
-        work.run_all(
-            ThinTrial,
-            {"broker": pool.address},
-            # One more than there are places: a freed place is filled without waiting for Tune.
-            packs.num_groups * packs.places + 1,
-            partial(
-                Ledger,
-                run,
-                progress,
-                on_end=pool.cancel,
-                on_put_off=pool.put_off,
-                check=pool.require_group,
-            ),
-        )
+        limit = _limit(work, inventory, packs.num_groups, progress)
+        for _ in work.rounds(limit):
+            work.trials.sort(key=lambda trial: order.get(trial["name"], len(order)))
+            pool.open(packs.places, [(t, work.seen.get(t["name"], 0)) for t in work.trials], homes)
+            work.run_all(
+                ThinTrial,
+                {"broker": pool.address},
+                # One more than there are places: a freed place is filled without waiting for Tune.
+                packs.num_groups * packs.places + 1,
+                partial(
+                    Ledger,
+                    run,
+                    progress,
+                    on_end=pool.cancel,
+                    on_put_off=pool.put_off,
+                    check=pool.require_group,
+                ),
+                limit,
+            )
         write_state(run.packs, facts | {"groups": pool.groups()})
 
 
@@ -104,12 +109,19 @@ def _solo(inventory: Inventory, progress: Progress, work: "Work") -> None:
 
     run, demand = work.run, work.maker.demand
     workers = vars(demand) | {"storage": str((run.tune / "train").resolve())}
-    work.run_all(
-        solo_trial,
-        {"workers": workers},
-        max_concurrent_trials(demand, inventory),
-        partial(Ledger, run, progress),
-    )
+    max_concurrent = max_concurrent_trials(demand, inventory)
+    limit = _limit(work, inventory, max_concurrent, progress)
+    for _ in work.rounds(limit):
+        make_ledger = partial(Ledger, run, progress)
+        work.run_all(solo_trial, {"workers": workers}, max_concurrent, make_ledger, limit)
+
+
+def _limit(work: "Work", inventory: Inventory, num_groups: int, progress: Progress) -> TimeLimit:
+    """What the sweep may take, with the GPUs that its groups hold."""
+    demand = work.maker.demand
+    num_gpus = num_groups * demand.num_workers * demand.gpus_per_worker
+    held = min(num_gpus, inventory.num_gpus)
+    return TimeLimit(work.config, held, work.run, progress.say)
 
 
 def homes_of(run: RunPaths) -> dict[str, str]:
@@ -124,6 +136,7 @@ class Work:
     def __init__(self, plan: Plan, maker: TrialMaker, run: RunPaths) -> None:
         self.plan, self.maker, self.run = plan, maker, run
         self.config: SweepConfig = plan.config
+        self.is_confirming = False
         self.look()
         self.num_notes = {t["name"]: len(notes_of(run.trial(t["name"]))) for t in self.trials}
 
@@ -136,8 +149,32 @@ class Work:
             if not self.run.trial(name).config.exists():
                 self.maker.write(candidate)
         names = list(planned) if planned else known_names(self.run)
-        left = unended(self.run, names)
-        self.trials = [read_state(self.run.trial(name).config) for name in left]
+        self._take(unended(self.run, names))
+        if self.first_trial() is None and self.config.confirm:
+            self.is_confirming = True
+            self._take(unended(self.run, repeat_names(self.run, self.maker.write, self.config)))
+
+    def _take(self, names: list[str]) -> None:
+        self.trials = [read_state(self.run.trial(name).config) for name in names]
+
+    def rounds(self, limit: TimeLimit) -> Iterator[None]:
+        """The search, and then, where that is asked for, the best two once more on new seeds: as long as there is
+        something to run, and time."""
+        while self.first_trial() is not None:
+            was = self.is_confirming
+            yield
+            if limit.reason is not None:
+                self._end_all(limit.reason)
+                return
+            if signals.received() or self.is_confirming == was:
+                return
+
+    def _end_all(self, reason: str) -> None:
+        """Ends what is left as the time is up: what a resume is to go on with is nothing."""
+        for trial in self.trials:
+            paths = self.run.trial(trial["name"])
+            has_begun = paths.metrics.exists()
+            mark_ended(paths, "stopped", reason if has_begun else f"{reason} before it began")
 
     def run_all(
         self,
@@ -145,6 +182,7 @@ class Work:
         common: dict[str, Any],
         max_concurrent: int,
         make_ledger: Callable[..., Ledger],
+        limit: TimeLimit,
     ) -> None:
         """Runs what is left to its ends, with trials that Tune gave up before they began once more.
 
@@ -164,7 +202,9 @@ class Work:
                 self.run,
                 max_concurrent=max_concurrent,
                 callback=ledger,
+                stopper=limit,
             )
+            limit.keep()
             self.look()
             never_began = ledger.never_began
             if not never_began or len(self.trials) > len(never_began):  # more: it was interrupted
@@ -174,7 +214,7 @@ class Work:
 
     def first_trial(self) -> dict[str, Any] | None:
         """A trial whose base and data the workers load before anything else."""
-        if self.trials or not self.plan.num_proposed:
+        if self.trials or self.is_confirming or not self.plan.num_proposed:
             return self.trials[0] if self.trials else None
         if len(known_names(self.run)) >= self.plan.num_proposed:
             return None
@@ -188,7 +228,7 @@ class Work:
         from orchestration.searchers import ListSearcher, OptunaSearcher
 
         common = common | {"seen": self.seen}
-        if not self.plan.num_proposed:
+        if self.is_confirming or not self.plan.num_proposed:
             return ListSearcher(self.trials, common)
         return OptunaSearcher(
             self.plan.space,
@@ -205,6 +245,9 @@ class Work:
         """Tune's scheduler, as it was when the last driver of this run died."""
         budget = self.plan.budget
         assert budget is not None
+        if self.is_confirming:
+            most = budget.num_examples
+            return make_scheduler("fifo", most, most, 2, RungLedger(self.run.confirmed))
         scheduler = make_scheduler(
             self.config.scheduler,
             budget.grace_period,

@@ -14,8 +14,7 @@ class Objective:
         key: its name in metrics.jsonl.
         noun: what people call it.
         unit: for axes and titles.
-        sign: of it in eval_loss.
-        is_lower_better: which way is better.
+        sign: of it in what is minimised.
     """
 
     key: str
@@ -32,21 +31,23 @@ class Objective:
         """The better of several: min or max."""
         return min if self.sign > 0 else max
 
-    def of(self, eval_loss: float) -> float:
-        """The score that an eval_loss stands for."""
-        return self.sign * eval_loss
+    def of(self, loss: float) -> float:
+        """The score that stands for what is minimised."""
+        return self.sign * loss
 
-    def text(self, eval_loss: float) -> str:
-        return f"{self.of(eval_loss):.4f}"
+    def text(self, loss: float) -> str:
+        return f"{self.of(loss):.4f}"
 
 
 LOSS = Objective("eval_loss", "loss", "nats/token", 1)
+BITS = Objective("eval_bits_per_byte", "bits per byte", "bits/byte", 1)
+SCORE = Objective("eval_score", "score", "mean on held-out rows", -1)
 REWARD = Objective("eval_reward", "reward", "mean on held-out prompts", -1)
 
 
 def objective_named(key: str) -> Objective:
     """Of a key of metrics.jsonl."""
-    return {each.key: each for each in (LOSS, REWARD)}[key]
+    return {each.key: each for each in (LOSS, BITS, SCORE, REWARD)}[key]
 
 
 def objective_of(method: str) -> Objective:

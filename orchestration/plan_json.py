@@ -7,6 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestration.checkpoint_bytes import checkpoint_bytes
+from orchestration.choice_config import judge_of, task_spec
+from orchestration.config import SweepConfig
 from orchestration.planning import Plan, epoch_examples
 from orchestration.rl_config import rl_spec
 from search_spaces.architecture import ModelShape
@@ -42,6 +44,8 @@ def plan_to_dict(plan: Plan, packs: dict[str, Any] | None = None) -> dict[str, A
         "data": plan.audit.to_dict() | {"data": config.data} if plan.audit else None,
         "retention": plan.retention,
         "rl": _episodes(plan),
+        "task": task.described() if (task := task_spec(config)) else None,
+        "choice": _choice(config),
         "dataset_tokens": plan.dataset_tokens,
         "dataset_bits": plan.dataset_bits,
         "capacity": plan.capacity.to_dict(),
@@ -77,6 +81,12 @@ def _episodes(plan: Plan) -> dict[str, Any] | None:
     prompts = plan.budget.num_examples if plan.budget else plan.config.examples or 0
     episodes = prompts * spec.num_generations
     return spec.described() | {"num_prompts": prompts, "num_episodes": episodes}
+
+
+def _choice(config: SweepConfig) -> dict[str, Any]:
+    """How the best is chosen, and what ends the sweep before its end."""
+    keys = ("select", "max_forgetting", "confirm", "time_budget", "max_cost")
+    return vars(judge_of(config)) | {key: getattr(config, key) for key in keys}
 
 
 def coverage(shape: ModelShape, target: tuple[str, ...]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.inventory import Inventory
 from cluster.placement import split_global_batch
+from orchestration.choice_config import answer_length_of
 from orchestration.config import MAX_CANDIDATES, CarriedFrom, SweepConfig, space_overrides
 from orchestration.measured import Capacity, episode_capacity, make_capacity
 from orchestration.memory_rule import MemoryRule
@@ -153,9 +154,10 @@ def _facts(
 
 def _require_context(config: SweepConfig, shape: ModelShape, audit: "Audit | None") -> None:
     """Raises:
-    ValueError: an episode could be longer than the model's context.
+    ValueError: an episode or an answer could be longer than the model's context.
     """
-    length, context = completion_length_of(config), shape.max_position_embeddings
+    length = completion_length_of(config) or answer_length_of(config)
+    context = shape.max_position_embeddings
     longest = audit.max_row_tokens if audit else 0
     if length and context is not None and longest + length > context:
         raise ValueError(

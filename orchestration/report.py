@@ -31,7 +31,7 @@ from orchestration.results import (
     objective_of_records,
     read_trials,
 )
-from orchestration.results_table import BESIDE, beside_texts
+from orchestration.results_table import beside_names, beside_texts
 from orchestration.show import (
     SCALED_LR,
     amount_text,
@@ -99,10 +99,10 @@ def _header(
     for record in records:
         counts[record.status] += 1
     ended = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    row, score = best.best if best else None, objective_of_records(records)
+    score = objective_of_records(records)
     base = best.base_loss if best else None
     numbers = [
-        (score.text(row["eval_loss"]) if row else "none", f"best {score.title}"),
+        (score.text(best.best_loss) if best else "none", f"best {score.title}"),
         (score.text(base) if base is not None else "?", f"{score.key} of the base"),
         (f"{len(records)} + {len(plan['discarded'])}", f"trials + discarded ({ended})"),
         (f"{plan['dataset_bits']:,}", f"dataset bits ({plan['capacity']['source']})"),
@@ -171,9 +171,9 @@ def _verdict(records: list[TrialRecord], best: TrialRecord | None) -> str:
         f"Best: {_variant_text(best)}lora_rank {candidate['lora_rank']}, "
         f"learning_rate {candidate['learning_rate']:.2e}, "
         f"global_batch_size {candidate['global_batch_size']}, with {best.objective.key} "
-        f"{best.objective.text(best.best['eval_loss'])} after {_after(best.best)}."
+        f"{best.objective.text(best.best_loss)} after {_after(best.best)}."
     )
-    if best.base_loss is not None and best.best["eval_loss"] >= best.base_loss:
+    if best.base_loss is not None and best.best_loss >= best.base_loss:
         text.append(
             "This is not better than the untouched base: the learning rates are too high or too low."
         )
@@ -227,7 +227,7 @@ def _trials_table(records: list[TrialRecord], best: TrialRecord | None) -> str:
         ("batch", True),
         ("status", False),
         (score.key, True),
-        *[(name, True) for name in BESIDE[score.key]],
+        *[(name, True) for name in beside_names(score)],
         ("at examples", True),
         *([("retention (over base)", True)] if retained else []),
         ("seconds", True),
@@ -248,9 +248,9 @@ def _trial_cells(record: TrialRecord, score: Objective, retained: bool, named: b
     candidate = [str(c.lora_rank), f"{c.learning_rate:.2e}", f"{c.lora_alpha:g}", f"{c.scale:.4g}"]
     candidate += [f"{c.scaled_learning_rate:.2e}", *([c.variant] if named else [])]
     candidate += [str(c.global_batch_size)]
-    numbers = [""] * (2 + len(BESIDE[score.key]))
+    numbers = [""] * (2 + len(beside_names(score)))
     if top:
-        numbers = [score.text(top["eval_loss"]), *beside_texts(top), f"{top['examples']:,}"]
+        numbers = [score.text(record.best_loss), *beside_texts(score, top), f"{top['examples']:,}"]
     retention = [retention_text(record)] if retained else []
     seconds = f"{record.rows[-1]['seconds']:.1f}" if record.rows else ""
     return [

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from orchestration.choosing import choice_lines
 from orchestration.forgetting import base_retention, forgetting
 from orchestration.objective import Objective
 from orchestration.results import TrialRecord, best_trial, objective_of_records, read_trials
@@ -30,8 +31,8 @@ OF_PLAN = (
 def sweep_json(run: RunPaths) -> dict[str, Any]:
     """A sweep as it is on disk: trials best first, what was discarded before any, and the best one's name.
 
-    Scores are eval_loss in nats/token, of reinforcement learning eval_reward; "score" says which, and which way is
-    better.
+    "score" says what trials are judged by, and which way is better; "choice" why the best is the best, where that is
+    not simply the best score; "repeats" of a trial which one it confirms on a new seed.
     """
     plan, resolved = read_state(run.plan), read_state(run.resolved)
     records = read_trials(run)
@@ -48,6 +49,7 @@ def sweep_json(run: RunPaths) -> dict[str, Any]:
         "base": _base(records, score),
         "best": best.name if best else None,
         "best_adapter": shown(run.best) if best else None,
+        "choice": choice_lines(records, best),
         "trials": [_trial(record, score, run) for record in records],
         **{key: plan.get(key) for key in OF_PLAN},
         "versions": resolved["versions"],
@@ -67,10 +69,11 @@ def _trial(record: TrialRecord, score: Objective, run: RunPaths) -> dict[str, An
         "name": record.name,
         "status": record.status,
         "reason": record.reason,
+        "repeats": record.repeats,
         "candidate": record.candidate,
         "scale": settings.scale,
         "scaled_learning_rate": settings.scaled_learning_rate,
-        "score": score.of(best["eval_loss"]) if best else None,
+        "score": score.of(record.best_loss) if best else None,
         "best_row": best,
         "last_row": record.rows[-1] if record.rows else None,
         "retention_change": forgetting(record),

@@ -1,5 +1,6 @@
 """What a sweep that can be planned must have to be trained, told before workers load anything."""
 
+from orchestration.choice_config import asks_answers, task_spec
 from orchestration.config import SweepConfig
 from orchestration.planning import Plan
 from orchestration.rl_config import rl_spec
@@ -12,7 +13,7 @@ def require_supported(config: SweepConfig) -> None:
     """
     if config.data is None:
         raise ValueError("a sweep needs data; dataset_tokens alone is enough for plan only")
-    if (spec := rl_spec(config)) is not None:
+    if (spec := rl_spec(config) or task_spec(config)) is not None:
         from trainers.rewards import Reward  # runs the user's own file
 
         Reward(spec.reward)
@@ -29,13 +30,14 @@ def require_trainable(plan: Plan) -> None:
 
 def _require_prompts(plan: Plan) -> None:
     """Raises:
-    ValueError: the data of a sweep by rewards are texts, of which nothing is a prompt.
+    ValueError: the data of a sweep with rewards or a metric of answers are texts, of which nothing is a prompt.
     """
     assert plan.audit is not None
     texts = [shape for shape in plan.audit.shapes if shape.startswith("text")]
-    if plan.config.method == "rl" and texts:
+    who = "method: rl" if plan.config.method == "rl" else "metric: an answer"
+    if texts and (plan.config.method == "rl" or asks_answers(plan.config)):
         raise ValueError(
-            "method: rl needs rows of a prompt and an answer (columns: {prompt: question, completion: answer}), the "
+            f"{who} needs rows of a prompt and an answer (columns: {{prompt: question, completion: answer}}), the "
             f"data has {texts[0]} rows"
         )
 

@@ -1,15 +1,16 @@
 """What a sweep found, read from the trials' own files: never from a scheduler's memory."""
 
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestration.objective import LOSS, Objective, objective_of_rows
+from orchestration.objective import LOSS, Objective, objective_named, objective_of_rows
 from search_spaces.candidate import Candidate
 from trainers.credentials import masked
 from trainers.integrity import sound_rows
-from trainers.metrics import best_row
+from trainers.metrics import BY_LOSS, Judge
 from trainers.mirror import fetch
 from trainers.paths import RunPaths, TrialPaths, read_json_lines, read_state, write_state
 
@@ -18,8 +19,13 @@ USABLE = ("finished", "stopped")
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """One trial as it ended. best: its metrics row with the lowest eval_loss, None without one; notes: what
-    went wrong with its files and was mended."""
+    """One trial as it ended.
+
+    Args:
+        notes: what went wrong with its files and was mended.
+        judge: by what it is judged.
+        repeats: the trial whose candidate it trains on another seed.
+    """
 
     name: str
     candidate: dict[str, Any]
@@ -27,15 +33,24 @@ class TrialRecord:
     reason: str
     rows: tuple[dict[str, Any], ...]
     notes: tuple[str, ...] = ()
+    judge: Judge = BY_LOSS
+    repeats: str | None = None
 
     @property
     def best(self) -> dict[str, Any] | None:
-        return best_row(self.rows)
+        """Its best evaluation, whose weights are kept; None without one."""
+        return self.judge.best_row(self.rows)
+
+    @property
+    def best_loss(self) -> float:
+        """What is minimised, at its best evaluation; inf without one."""
+        return self.judge.loss(self.best) if self.best else math.inf
 
     @property
     def objective(self) -> Objective:
         """What it is judged by, as people know it."""
-        return objective_of_rows(self.rows)
+        key = self.judge.key
+        return objective_of_rows(self.rows) if key == LOSS.key else objective_named(key)
 
     @property
     def settings(self) -> Candidate:
@@ -44,8 +59,8 @@ class TrialRecord:
 
     @property
     def base_loss(self) -> float | None:
-        """eval_loss of the untouched base, measured before the first step."""
-        return next((row["eval_loss"] for row in self.rows if row["steps"] == 0), None)
+        """What is minimised, of the untouched base, measured before the first step."""
+        return next((self.judge.loss(row) for row in self.rows if row["steps"] == 0), None)
 
 
 def read_trial(paths: TrialPaths) -> TrialRecord:
@@ -55,13 +70,16 @@ def read_trial(paths: TrialPaths) -> TrialRecord:
         if paths.status.exists()
         else {"status": "unfinished", "reason": ""}
     )
+    config = read_state(paths.config)
     return TrialRecord(
         name=paths.root.name,
-        candidate=read_state(paths.config)["candidate"],
+        candidate=config["candidate"],
         status=status["status"],
         reason=masked(status["reason"]),
         rows=tuple(read_json_lines(paths.metrics)),
         notes=notes_of(paths),
+        judge=Judge(**config.get("judge", {})),
+        repeats=config.get("repeats"),
     )
 
 
@@ -89,15 +107,52 @@ def objective_of_records(records: Iterable[TrialRecord]) -> Objective:
 
 
 def _ranking(record: TrialRecord) -> tuple[bool, float, str]:
-    score = record.best["eval_loss"] if record.best else math.inf
-    return record.status not in USABLE, score, record.name
+    return record.status not in USABLE, record.best_loss, record.name
 
 
 def best_trial(records: list[TrialRecord]) -> TrialRecord | None:
-    """The usable trial with the lowest eval_loss. A diverged or failed trial is never chosen,
-    whatever it scored before."""
-    usable = [record for record in records if record.status in USABLE and record.best]
-    return min(usable, key=_ranking, default=None)
+    """The trial that is chosen. A diverged or failed trial never is, whatever it scored before.
+
+    Of several that were confirmed on new seeds the one with the best mean there, at its best seed; else the usable
+    trial with the best score, or within its judge's tolerance of that the one with the lowest learning rate.
+    """
+    if repeats := repeats_of(records):
+        first = min(repeats, key=lambda name: (mean_loss(repeats[name]), name))
+        return min(usable([r for r in records if first in (r.name, r.repeats)]), key=_ranking)
+    return picked(usable(records))
+
+
+def usable(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Those that have a score that counts."""
+    return [record for record in records if record.status in USABLE and record.best]
+
+
+def picked(found: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The one of usable trials that its judge's rule takes."""
+    if not found:
+        return None
+    best = min(found, key=_ranking)
+    limit = best.best_loss + best.judge.lr_tolerance * abs(best.best_loss)
+    near = [record for record in found if record.best_loss <= limit]
+    if not best.judge.lr_tolerance:
+        return best
+    return min(near, key=lambda record: (record.candidate["learning_rate"], *_ranking(record)))
+
+
+def repeats_of(records: Iterable[TrialRecord]) -> dict[str, list[TrialRecord]]:
+    """Trial -> those that repeat its candidate on new seeds; nothing where one of them was kept from its end."""
+    found: dict[str, list[TrialRecord]] = {}
+    for record in records:
+        if record.repeats is not None:
+            found.setdefault(record.repeats, []).append(record)
+    cut = any(r.status in ("unfinished", "stopped") for members in found.values() for r in members)
+    return {} if cut else found
+
+
+def mean_loss(members: Sequence[TrialRecord]) -> float:
+    """Mean over seeds; inf where one of them diverged or failed."""
+    counted = len(usable(members)) == len(members)
+    return statistics.fmean(record.best_loss for record in members) if counted else math.inf
 
 
 def mark_ended(paths: TrialPaths, status: str, reason: str) -> None:

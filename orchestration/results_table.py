@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.console import Console
 
+from orchestration.choosing import choice_lines
 from orchestration.console import PlainConsole
 from orchestration.forgetting import KEY, base_retention, has_retention, retention_text
 from orchestration.objective import Objective
@@ -13,8 +14,17 @@ from trainers.mirror import shown
 from trainers.paths import RunPaths
 
 CANDIDATE = ("rank", "learning_rate", SCALED_LR, "batch")
-BESIDE = {"eval_loss": ("bits/byte",), "eval_reward": ("kl", "entropy", "tokens")}
-"""Columns beside the score."""
+BESIDE = {
+    "eval_loss": {"eval_bits_per_byte": ("bits/byte", ".4f")},
+    "eval_bits_per_byte": {"eval_loss": ("eval_loss", ".4f")},
+    "eval_score": {"eval_loss": ("eval_loss", ".4f"), "completion_length": ("tokens", ".1f")},
+    "eval_reward": {
+        "kl": ("kl", ".3f"),
+        "entropy": ("entropy", ".3f"),
+        "completion_length": ("tokens", ".1f"),
+    },
+}
+"""Key of a score -> the keys of a metrics row that stand beside it, each with its column's name and format."""
 RETENTION = ("retention (over base)",)
 ENDS = ("status", "target", "")
 
@@ -33,6 +43,7 @@ def show_results(
     ]
     lines.append(_table(records, best))
     lines += [f"{record.name}: {record.reason}" for record in records if record.reason]
+    lines += choice_lines(records, best)
     lines += _base_lines(records)
     lines.append(f"report: {shown(run.report)}")
     lines.append(
@@ -68,18 +79,20 @@ def _idle_lines(records: list[TrialRecord]) -> list[str]:
 def _table(records: list[TrialRecord], best: TrialRecord | None) -> str:
     retained = RETENTION if has_retention(records) else ()
     score = objective_of_records(records)
-    scores = ("at examples", score.key, *BESIDE[score.key])
+    scores = ("at examples", score.key, *beside_names(score))
     numbers = (*CANDIDATE, *scores, *retained)
     rows = [_cells(record, best, score, bool(retained)) for record in records]
     return text_table((*numbers, *ENDS), rows, numeric=len(numbers))
 
 
-def beside_texts(row: dict[str, Any]) -> tuple[str, ...]:
-    """What of a metrics row stands beside its score: bits per byte; of reinforcement learning kl, entropy and the
-    completion's length."""
-    if "eval_reward" not in row:
-        return (f"{row['eval_bits_per_byte']:.4f}",)
-    return (f"{row['kl']:.3f}", f"{row['entropy']:.3f}", f"{row['completion_length']:.1f}")
+def beside_names(score: Objective) -> tuple[str, ...]:
+    """Columns beside a score."""
+    return tuple(name for name, _ in BESIDE[score.key].values())
+
+
+def beside_texts(score: Objective, row: dict[str, Any]) -> tuple[str, ...]:
+    """What of a metrics row stands beside its score."""
+    return tuple(format(row[key], form) for key, (_, form) in BESIDE[score.key].items())
 
 
 def _cells(
@@ -93,9 +106,11 @@ def _cells(
         scaled,
         str(c["global_batch_size"]),
     )
-    scores = ("",) * (2 + len(BESIDE[score.key]))
+    scores = ("",) * (2 + len(beside_names(score)))
     if top is not None:
-        scores = (f"{top['examples']:,}", score.text(top["eval_loss"]), *beside_texts(top))
+        scores = (f"{top['examples']:,}", score.text(record.best_loss), *beside_texts(score, top))
     retention = (retention_text(record),) if retained else ()
-    mark = "<- best" if best and record.name == best.name else ""
+    seed = [f"seed {record.settings.seed}"] if record.repeats else []
+    chosen = ["<- best"] if best and record.name == best.name else []
+    mark = " ".join(seed + chosen)
     return (*candidate, *scores, *retention, record.status, target_text(c), mark)

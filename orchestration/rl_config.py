@@ -2,12 +2,14 @@
 
 from typing import TYPE_CHECKING
 
+from orchestration.choice_config import MAX_COMPLETION_LENGTH, asks_answers
+
 if TYPE_CHECKING:
     from orchestration.config import SweepConfig
     from trainers.rl_spec import RLSpec
 
 RL_KEYS = ("reward", "num_generations", "max_completion_length", "temperature")
-NUM_GENERATIONS, MAX_COMPLETION_LENGTH, TEMPERATURE = 8, 256, 1.0
+NUM_GENERATIONS, TEMPERATURE = 8, 1.0
 """TRL's defaults of GRPOConfig, under its names (1.16)."""
 SFT_ONLY = {
     "packing": False,
@@ -24,7 +26,7 @@ def require_method_keys(config: "SweepConfig") -> None:
     """
     if config.method == "sft":
         given = [key for key in RL_KEYS if getattr(config, key) is not None]
-        if given:
+        if given and not (given == ["max_completion_length"] and asks_answers(config)):
             raise ValueError(f"{given[0]} is for method: rl, got method sft; set method: rl")
         return
     for key, nothing in SFT_ONLY.items():

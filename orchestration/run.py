@@ -13,6 +13,7 @@ from rich.console import Console
 
 from cluster.inventory import Inventory, local_inventory, max_concurrent_trials
 from orchestration import signals
+from orchestration.choice_config import judge_of
 from orchestration.config import Config, SweepConfig, make_config
 from orchestration.console import PlainConsole
 from orchestration.exit_codes import INTERRUPTED, NO_RESULT
@@ -20,7 +21,7 @@ from orchestration.measured import measured_of
 from orchestration.memory_rule import trial_demand
 from orchestration.mending import mend
 from orchestration.models import require_weights
-from orchestration.objective import objective_of
+from orchestration.objective import objective_named
 from orchestration.packs import plan_packs
 from orchestration.placing import packs_sentence, shown_packs, way_line
 from orchestration.plan_json import plan_to_dict
@@ -213,11 +214,13 @@ def require_same_plan(run: RunPaths, plan: Plan) -> None:
         "data",
         "retention",
         "rl",
+        "task",
+        "choice",
     ):
-        if was[key] != now[key]:
+        if was.get(key) != now[key]:
             raise ValueError(
                 f"{shown(run.plan)}: a resumed sweep must plan the same {key}, the data, the model or Tenfold "
-                f"changed ({difference(was[key], now[key])}); start a new run with another name"
+                f"changed ({difference(was.get(key), now[key])}); start a new run with another name"
             )
 
 
@@ -262,7 +265,7 @@ def _progress(plan: Plan, as_json: dict[str, Any], console: Console) -> Progress
         plan.budget.num_examples,
         console,
         num_trials,
-        objective_of(plan.config.method),
+        objective_named(judge_of(plan.config).key),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from cluster.gpus import PATTERN as INVENTORY
+from orchestration.choice_config import LOSS_KEYS, READY
 from orchestration.config import MAX_NAME_BYTES, CarriedFrom, LogRange, SweepConfig
 from orchestration.config_checks import MAX_PART_BYTES, MAX_TEXT, MAX_WEIGHT
 from orchestration.key_docs import key_docs
@@ -84,6 +85,9 @@ REWARD_WEIGHT: Schema = {
     "not": {"const": 0},
 }
 
+METRIC_NAME = _any_of(_words(*LOSS_KEYS, *READY), _matching(r"[^:]*:.*", "regex:PATTERN"))
+DURATION = r"\s*(?=.*[1-9])(?=.*[dhms])(?:[0-9]+d)?\s*(?:[0-9]+h)?\s*(?:[0-9]+m)?\s*(?:[0-9]+s)?\s*"
+
 FORMS: Mapping[str, Schema] = {
     "data": _any_of(TEXT, _weighted(DATA_WEIGHT)),
     "name": {**_matching(r"[^\s/\\.+-][^\s/\\]*", "llama-8b-v2"), "maxLength": MAX_NAME_BYTES},
@@ -110,6 +114,12 @@ FORMS: Mapping[str, Schema] = {
     "size_class": _words(*(row.name for row in doctrine.RANK_TABLE.value)),
     "dropout": _any_of(FRACTION, _list_of(FRACTION)),
     "inventory": _matching(INVENTORY.pattern, "8xH100-80GB", "1x24GB"),
+    "metric": _any_of(METRIC_NAME, _weighted(REWARD_WEIGHT)),
+    "select": _any_of(
+        _words("best"),
+        _matching(r"lowest_lr_within [0-9]{1,2}(?:\.[0-9]+)?\s*%", "lowest_lr_within 0.5%"),
+    ),
+    "time_budget": _matching(DURATION, "90m", "2h", "1h30m"),
     "tracking": _any_of(TRACKER, {"type": "array", "items": TRACKER}),
     "seeds": _any_of(COUNT | {"maximum": MAX_POINTS}, _list_of({"type": "integer", "minimum": 0})),
 }
@@ -121,12 +131,14 @@ def sweep_schema() -> Schema:
     schema = _schema(SweepConfig, "Tenfold sweep.yaml", "A sweep of LoRA settings.")
     alone = [_given("data"), _given("dataset_tokens")]
     is_rl = {"properties": {"method": {"const": "rl"}}, "required": ["method"]}
-    no_rl = {key: {"type": "null"} for key in RL_KEYS}
+    no_rl = {key: {"type": "null"} for key in RL_KEYS if key != "max_completion_length"}
     draws = {"properties": {"search": _words("random", "optuna")}, "required": ["search"]}
     rules: list[Schema] = [
         {"if": is_rl, "else": {"oneOf": alone, "properties": no_rl}},
         {"if": draws, "then": _given("num_candidates")},
         {"not": {"allOf": [_given("epochs"), _given("examples")]}},
+        {"if": _given("max_cost"), "then": _given("price_per_gpu_hour")},
+        {"if": _given("max_forgetting"), "then": _given("retention")},
     ]
     return schema | {"required": ["model"], "allOf": rules}
 

@@ -130,12 +130,39 @@ def _budget(plan: dict[str, Any]) -> list[str]:
         f"a trial: {budget['num_examples']:,} {unit}, evaluated every {budget['eval_every']:,}"
     ]
     if rl:
-        rewards = ", ".join(f"{weight:g} x {name}" for name, weight in rl["reward"].items())
         lines.append(
-            f"  rewarded by {rewards}; completions of at most {rl['max_completion_length']:,} tokens at temperature "
-            f"{rl['temperature']:g}; batches are counted in prompts, each {rl['num_generations']} episodes"
+            f"  rewarded by {_rewards(rl)}; completions of at most {rl['max_completion_length']:,} tokens at "
+            f"temperature {rl['temperature']:g}; batches are counted in prompts, each {rl['num_generations']} episodes"
         )
-    return lines
+    return lines + _choice(plan)
+
+
+def _choice(plan: dict[str, Any]) -> list[str]:
+    """How the best is chosen, where it is not simply the lowest eval_loss, and what ends the sweep before."""
+    choice, task, lines = plan["choice"], plan["task"], []
+    if task:
+        lines.append(
+            f"  judged by {_rewards(task)} of the answers to at most {task['num_rows']} held-out rows, always the "
+            f"likeliest token, at most {task['max_completion_length']}"
+        )
+    elif choice["key"] == "eval_bits_per_byte":
+        lines.append("  judged by bits per byte")
+    parts = []
+    if choice["select"] != "best":
+        parts.append(choice["select"])
+    if choice["max_forgetting"] is not None:
+        parts.append(
+            f"retention_loss at most {choice['max_forgetting']:g} nats/token over the base's"
+        )
+    if choice["confirm"]:
+        parts.append(f"the best two trained again on {choice['confirm']} new seeds")
+    lines += [f"  chosen: {'; '.join(parts)}"] if parts else []
+    limits = [f"{key} {choice[key]}" for key in ("time_budget", "max_cost") if choice[key]]
+    return lines + ([f"  ends at {' or '.join(limits)}, with the best so far"] if limits else [])
+
+
+def _rewards(spec: dict[str, Any]) -> str:
+    return ", ".join(f"{weight:g} x {name}" for name, weight in spec["reward"].items())
 
 
 def _packs(plan: dict[str, Any]) -> list[str]:

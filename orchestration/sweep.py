@@ -159,6 +159,7 @@ def run_trials(
     *,
     max_concurrent: int,
     callback: Any,
+    stopper: Any = None,
 ) -> None:
     """Runs what a searcher suggests to its ends on the connected cluster.
 
@@ -166,6 +167,7 @@ def run_trials(
         trainable: solo.solo_trial or thin.ThinTrial.
         max_concurrent: trials at once.
         callback: the sweep's ledger.Ledger.
+        stopper: a ray.tune.Stopper; None: the trials alone decide.
 
     Raises:
         ValueError: what the callback's check raised, or storage that takes nothing more.
@@ -175,7 +177,7 @@ def run_trials(
 
     # A trial's failure is told in a line and kept in error.txt; Tune would print its traceback as well.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    tuner = _tuner(trainable, searcher, scheduler, run, max_concurrent, callback)
+    tuner = _tuner(trainable, searcher, scheduler, run, max_concurrent, callback, stopper)
     try:
         with signals.ended_by_tune():
             tuner.fit()
@@ -190,7 +192,13 @@ def run_trials(
 
 
 def _tuner(
-    trainable: Any, searcher: Any, scheduler: Any, run: RunPaths, max_concurrent: int, callback: Any
+    trainable: Any,
+    searcher: Any,
+    scheduler: Any,
+    run: RunPaths,
+    max_concurrent: int,
+    callback: Any,
+    stopper: Any,
 ) -> Any:
     from ray import tune
 
@@ -213,6 +221,7 @@ def _tuner(
             name=f"attempt-{attempt}",
             storage_path=str(run.tune.resolve()),
             callbacks=[callback],
+            stop=stopper,
             # What a trial is lies in its own folder; a thin trial's actor has nothing to save.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=ACTOR_FAILURES),

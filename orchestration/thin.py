@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from trainers.metrics import DIVERGED_LOSS
+from trainers.metrics import DIVERGED_LOSS, Judge
 
 WAIT_S = 5.0
 """How long the broker holds a question; a stopped trial's actor is free after that."""
@@ -40,13 +40,18 @@ class ThinTrial(tune.Trainable):
         self.index += 1
         if "ended" in answer:
             return self._end(answer["ended"], answer["row"])
-        return {**answer["row"], "trial": self.trial["name"], "done": answer["last"]}
+        judged = {"eval_loss": self._loss(answer["row"]), "trial": self.trial["name"]}
+        return {**answer["row"], **judged, "done": answer["last"]}
+
+    def _loss(self, row: dict[str, Any]) -> float:
+        """What Tune minimises, under the one name that it knows."""
+        return Judge(**self.trial.get("judge", {})).loss(row)
 
     def _end(self, ended: dict[str, str], row: dict[str, Any] | None) -> dict[str, Any]:
         # Schedulers and Tune want the metric with every result; a failed or diverged trial ranks last.
         usable = ended["status"] in ("finished", "stopped") and row is not None
         return {
-            "eval_loss": row["eval_loss"] if usable and row else DIVERGED_LOSS,
+            "eval_loss": self._loss(row) if usable and row else DIVERGED_LOSS,
             "examples": row["examples"] if usable and row else self.trial["num_examples"],
             "trial": self.trial["name"],
             "ended": ended,

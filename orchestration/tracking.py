@@ -26,6 +26,7 @@ METRICS = (
     "train_loss",
     "eval_loss",
     "eval_bits_per_byte",
+    "eval_score",
     "retention_loss",
     "train_reward",
     "eval_reward",

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestration.results import mark_ended, read_trial
+from orchestration.choice_config import judge_of, task_spec
+from orchestration.results import USABLE, mark_ended, read_trial
 from orchestration.rl_config import rl_spec
-from orchestration.rungs import CLOCK, METRIC, RungLedger, stopped_trials
+from orchestration.rungs import CLOCK, RungLedger, stopped_trials
 from search_spaces.candidate import Candidate, trial_name
 from trainers.base_fetch import is_hub_id
-from trainers.metrics import best_row
 from trainers.mirror import shown
 from trainers.paths import RunPaths, read_state, write_state
 
@@ -34,8 +34,8 @@ class TrialMaker:
         self.plan, self.demand, self.packs, self.run = plan, demand, packs, run
         self.keep_weights = keep_weights
 
-    def make(self, candidate: Candidate) -> dict[str, Any]:
-        """A trial's dict, not written."""
+    def make(self, candidate: Candidate, repeats: str | None = None) -> dict[str, Any]:
+        """A trial's dict, not written. repeats: see TrialSpec."""
         config, budget, data = self.plan.config, self.plan.budget, self.plan.data_spec
         assert budget is not None
         assert data is not None
@@ -61,17 +61,11 @@ class TrialMaker:
             "max_tokens": self.packs.max_tokens,
             "num_threads": self.demand.cpus_per_worker,
             "keep_weights": self.keep_weights,
-            "rl": self._rl(),
+            "rl": rl.for_workers() if (rl := rl_spec(config)) else None,
+            "task": task.for_workers() if (task := task_spec(config)) else None,
+            "judge": vars(judge_of(config)),
+            "repeats": repeats,
         }
-
-    def _rl(self) -> dict[str, Any] | None:
-        spec = rl_spec(self.plan.config)
-        if spec is None:
-            return None
-        from trainers.rl_spec import absolute_reward
-
-        reward = {absolute_reward(name): weight for name, weight in spec.reward.items()}
-        return vars(spec) | {"reward": reward}
 
     def _tokenizer(self) -> dict[str, Any]:
         """Where a worker finds the tokenizer of a hub model: by its id, as it does the base; the driver's
@@ -81,9 +75,9 @@ class TrialMaker:
             return {}
         return {"model": config.model, "revision": config.revision}
 
-    def write(self, candidate: Candidate) -> dict[str, Any]:
+    def write(self, candidate: Candidate, repeats: str | None = None) -> dict[str, Any]:
         """A trial's dict, kept as its config.json."""
-        trial = self.make(candidate)
+        trial = self.make(candidate, repeats)
         write_state(self.run.trial(trial["name"]).config, trial)
         return trial
 
@@ -125,7 +119,7 @@ def untold(run: RunPaths) -> list[tuple[str, int, float]]:
         record = read_trial(run.trial(name))
         if record.status == "finished" and name not in told:
             last = record.rows[-1]
-            left.append((name, last[CLOCK], last[METRIC]))
+            left.append((name, last[CLOCK], record.judge.loss(last)))
     return left
 
 
@@ -136,8 +130,9 @@ def unended(run: RunPaths, names: list[str]) -> list[str]:
 
 
 def known_names(run: RunPaths) -> list[str]:
-    """Every trial that has a config.json."""
-    return sorted(path.parent.name for path in run.trials.glob("*/config.json"))
+    """Every trial of the search that has a config.json; not those that repeat one to confirm it."""
+    configs = sorted(run.trials.glob("*/config.json"))
+    return [path.parent.name for path in configs if read_state(path).get("repeats") is None]
 
 
 def history(run: RunPaths) -> list[tuple[Candidate, float | None]]:
@@ -147,7 +142,7 @@ def history(run: RunPaths) -> list[tuple[Candidate, float | None]]:
         record = read_trial(run.trial(name))
         if record.status == "unfinished":
             continue
-        usable = record.status in ("finished", "stopped") and best_row(record.rows) is not None
-        loss = record.rows[-1]["eval_loss"] if usable else None
+        usable = record.status in USABLE and record.best is not None
+        loss = record.judge.loss(record.rows[-1]) if usable else None
         found.append((Candidate.from_dict(record.candidate), loss))
     return found

@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
 OWN_PROCESS = "TENFOLD_TEST_OWN_PROCESS"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -51,13 +51,9 @@ def outcomes_of(module: Path) -> tuple[dict[str, str], str]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", str(module), f"--junitxml={report}"]
-        # Not where a fixture of the test may have gone: our packages would be those that are installed.
+        # From the root: its packages are those of this checkout, wherever a fixture has gone meanwhile.
         done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=os.environ | {OWN_PROCESS: "1"},
-            capture_output=True,
-            text=True,
+            command, cwd=ROOT, env=os.environ | {OWN_PROCESS: "1"}, capture_output=True, text=True
         )
         found: dict[str, str] = {}
         if report.is_file():

@@ -42,11 +42,13 @@ class Questions:
         example = self.rows.example(row)
         start, stop = last_span(example.loss_mask)
         ids = example.input_ids[:start].astype(np.int64)
-        return Question(ids, self.tokenizer.decode(ids), self.spoken(example.input_ids[start:stop]))
+        answer = spoken(self.tokenizer, example.input_ids[start:stop])
+        return Question(ids, self.tokenizer.decode(ids), answer)
 
-    def spoken(self, ids: np.ndarray) -> str:
-        """Text of ids without special tokens."""
-        return self.tokenizer.encoder.decode(ids.tolist(), skip_special_tokens=True)
+
+def spoken(tokenizer: LoadedTokenizer, ids: np.ndarray) -> str:
+    """Text of ids without special tokens."""
+    return tokenizer.encoder.decode(ids.tolist(), skip_special_tokens=True)
 
 
 def last_span(mask: np.ndarray) -> tuple[int, int]:

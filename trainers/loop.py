@@ -63,6 +63,19 @@ class LossEvaluation(Evaluation):
     eval_bits_per_byte: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskEvaluation(LossEvaluation):
+    """With a task metric beside the loss.
+
+    eval_score: mean of what the answers to held-out rows were worth; completion_length: of the answers, mean, tokens.
+    """
+
+    eval_score: float
+    completion_length: float
+
+
+TaskScores = Callable[[int | None], dict[str, float]]
+"""What a slot's answers, or the base's, are worth: what TaskEvaluation has beside the loss (see task_metric.py)."""
 OnEvaluation = Callable[[Run, Evaluation], bool]
 """Gets each evaluation; returns whether the run goes on. Called on every worker."""
 
@@ -92,9 +105,10 @@ class Trainer:
         limits: ForwardLimits,
         comm: Comm | None = None,
         retention: RowSource | None = None,
+        task: TaskScores | None = None,
     ) -> None:
         self.pack, self.train_rows, self.held_out, self.limits = pack, train, held_out, limits
-        self.retention = retention
+        self.retention, self.task = retention, task
         self.comm = comm or Comm()
         self.head = LossHead(pack)
         self.evaluator = Evaluator(pack, self.head, self.comm)
@@ -296,7 +310,8 @@ class Trainer:
             run.status, run.reason = "stopped", "stopped by its scheduler"
 
     def _evaluation(self, run: Run, scores: dict[str, Any]) -> Evaluation:
-        return LossEvaluation(**self._counted(run), **scores, train_loss=run.mean_since_report)
+        kind = LossEvaluation if self.task is None else TaskEvaluation
+        return kind(**self._counted(run), **scores, train_loss=run.mean_since_report)
 
     def _counted(self, run: Run) -> dict[str, Any]:
         """What every evaluation says of a run's way, whatever it is judged by."""
@@ -322,28 +337,31 @@ class Trainer:
     def _scores(self, run: Run | None) -> dict[str, Any]:
         """What a run, or the base, is judged by: eval_loss, and what stands beside it in a row."""
         eval_loss, bits_per_byte = self.eval_losses(run)
-        return {
+        found = {
             "eval_loss": eval_loss,
             "eval_bits_per_byte": bits_per_byte,
             "retention_loss": self.retention_loss(run),
         }
+        # A model whose loss is not finite has diverged, and answers nothing.
+        asks = self.task is not None and math.isfinite(eval_loss)
+        return found | self.task(slot_of(run)) if asks and self.task else found
 
     def eval_losses(self, run: Run | None) -> tuple[float, float]:
         """Held-out loss of a run, or of the base: nats/token and bits/byte, over all loss-bearing
         tokens."""
-        return self.evaluator.losses(_slot_of(run), self.held_out, self.limits)
+        return self.evaluator.losses(slot_of(run), self.held_out, self.limits)
 
     def retention_loss(self, run: Run | None) -> float | None:
         """Loss of a run, or of the base, on the retention rows in nats/token; None where there are
         none, or it is not finite."""
         if self.retention is None:
             return None
-        nats = self.evaluator.nats(_slot_of(run), self.retention, self.limits)
+        nats = self.evaluator.nats(slot_of(run), self.retention, self.limits)
         loss = nats / int(self.retention.loss_tokens.sum())
         return loss if math.isfinite(loss) else None
 
 
-def _slot_of(run: Run | None) -> int | None:
+def slot_of(run: Run | None) -> int | None:
     return run.slot_index if run and run.slot.spec is not None else None
 
 

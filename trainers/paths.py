@@ -105,6 +105,16 @@ class RunPaths:
         return self.root / "rungs.jsonl"
 
     @property
+    def confirmed(self) -> Path:
+        """What the trials reported that repeat the best two on new seeds, which nobody stops."""
+        return self.root / "confirmed.jsonl"
+
+    @property
+    def clock(self) -> Path:
+        """What all drivers of a sweep with a limit took so far."""
+        return self.root / "clock.json"
+
+    @property
     def best(self) -> Path:
         return self.root / "best"
 

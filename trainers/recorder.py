@@ -11,7 +11,6 @@ from trainers.credentials import masked
 from trainers.gate import Probe
 from trainers.integrity import GateError, sealed_row, sound_rows
 from trainers.loop import Evaluation
-from trainers.metrics import best_row
 from trainers.object_store import StoreError
 from trainers.paths import (
     TrialPaths,
@@ -63,7 +62,7 @@ class Recorder:
             at = checkpoint.state["examples"]
             self.note(f"{problem}; the checkpoint before it is taken, of {at} examples")
         put_back(checkpoint, self.paths.checkpoint)
-        best = best_row(self.rows)
+        best = self.spec.judge.best_row(self.rows)
         at_best = best is not None and best["examples"] == checkpoint.state["examples"]
         if at_best and self.spec.keep_weights:
             copy_weights(self.paths.checkpoint, self.paths.best)  # a worker that died before it did
@@ -89,7 +88,7 @@ class Recorder:
         def write() -> None:
             write_json_lines(self.paths.metrics, self.rows)
             self._checkpoint(run, probe_loss)
-            if self.spec.keep_weights and best_row(self.rows) is row:
+            if self.spec.keep_weights and self.spec.judge.best_row(self.rows) is row:
                 copy_weights(self.paths.checkpoint, self.paths.best)
 
         self._together(write)

@@ -1,4 +1,4 @@
-"""What a trial of reinforcement learning is told beside what every trial is told. Pure: no torch."""
+"""What a trial that is judged by rewards is told beside what every trial is told. Pure: no torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,20 +10,16 @@ from trainers.rewards import file_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLSpec:
-    """How episodes are made and what they earn.
+class RewardSpec:
+    """What is sampled and what it earns.
 
     Args:
         reward: name of each reward (see rewards.py) -> its weight.
-        num_generations: completions sampled for a prompt, >= 2: an episode earns what it has above their mean.
         max_completion_length: tokens of a completion, end token included, >= 1.
-        temperature: that the policy samples at, > 0.
     """
 
     reward: Mapping[str, float]
-    num_generations: int
     max_completion_length: int
-    temperature: float = 1.0
 
     @property
     def files(self) -> list[str]:
@@ -37,14 +33,38 @@ class RLSpec:
         sums = {file: file_sha256(path) if path.is_file() else None for file, path in found.items()}
         return asdict(self) | {"files": sums}
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> "RLSpec":
-        """The spec that a trial's config.json holds."""
-        return cls(**values)  # pyright: ignore[reportArgumentType]
+    def for_workers(self) -> dict[str, Any]:
+        """All of it as a trial's config.json holds it: a worker's working directory is not the driver's."""
+        reward = {absolute_reward(name): weight for name, weight in self.reward.items()}
+        return vars(self) | {"reward": reward}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLSpec(RewardSpec):
+    """How episodes are made and what they earn.
+
+    Args:
+        num_generations: completions sampled for a prompt, >= 2: an episode earns what it has above their mean.
+        temperature: that the policy samples at, > 0.
+    """
+
+    num_generations: int
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec(RewardSpec):
+    """What the answers of a fine-tuned model to held-out rows are worth.
+
+    Args:
+        num_rows: held-out rows that are answered at an evaluation, >= 1, spread over the set.
+    """
+
+    num_rows: int
 
 
 def absolute_reward(name: str) -> str:
-    """The reward with the whole path of its file: a worker's working directory is not the driver's."""
+    """The reward with the whole path of its file."""
     path = file_of(name)
     if path is None:
         return name

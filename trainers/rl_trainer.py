@@ -16,7 +16,6 @@ Shape legend: P prompts of a global batch, S samples of each, E = P S episodes.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from trainers.batches import RowSource
 from trainers.comm import Comm
 from trainers.composer import ForwardLimits
 from trainers.composition import Shapes
-from trainers.credentials import masked
 from trainers.data.token_set import TokenizedSet
 from trainers.data.tokenizer import LoadedTokenizer
 from trainers.episodes import (
@@ -42,15 +40,11 @@ from trainers.episodes import (
     stand_ins,
 )
 from trainers.full import BaseWeights
-from trainers.loop import Evaluation, Trainer
-from trainers.out_of_memory import NoRoomError
-from trainers.rewards import Reward, RewardError
+from trainers.loop import Evaluation, Trainer, slot_of
 from trainers.rl_spec import RLSpec
+from trainers.rollouts import Roller, Rollout, joined_rollouts, make_roller, reason_of
 from trainers.runs import Run
-from trainers.sampler import Completion, Prompt, Sampler, episode_key
-
-EVAL_SEED = -1
-"""Held-out prompts are continued with the same noise at every evaluation of every trial: what differs is the policy."""
+from trainers.sampler import Completion, episode_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +73,6 @@ class RewardEvaluation(Evaluation):
 
 
 @dataclass(frozen=True, eq=False)
-class Rollout:
-    """What one worker sampled for its prompts of a batch, in their order: S completions of each, and their rewards."""
-
-    completions: list[list[Completion]]
-    rewards: list[list[float]]
-
-
-@dataclass(frozen=True, eq=False)
 class RunBatch:
     """A run's episodes of one step."""
 
@@ -112,15 +98,14 @@ class RLTrainer(Trainer):
         *,
         limits: ForwardLimits,
         spec: RLSpec,
-        reward: Reward,
+        roller: Roller,
         questions: tuple[Questions, Questions],
-        sampler: Sampler,
         comm: Comm | None = None,
         retention: RowSource | None = None,
         weights: BaseWeights | None = None,
     ) -> None:
         super().__init__(pack, train, held_out, limits=limits, comm=comm, retention=retention)
-        self.spec, self.reward, self.sampler, self.weights = spec, reward, sampler, weights
+        self.spec, self.roller, self.weights = spec, roller, weights
         self.train_questions, self.eval_questions = questions
         self.batches: dict[Run, RunBatch] = {}
 
@@ -149,9 +134,7 @@ class RLTrainer(Trainer):
         ]
         own = [part[self.comm.world_rank :: self.comm.world_size] for part in questions]
         keys = [self._keys(run) for run in runs]
-        found = self._sampled(
-            [run.slot_index if run.slot.spec else None for run in runs], own, keys
-        )
+        found = self.roller.sampled([slot_of(run) for run in runs], own, keys)
         for run, asked, parts in zip(runs, questions, zip(*found, strict=True), strict=True):
             self._take(run, asked, parts)
             run.seconds += (time.perf_counter() - began) / len(runs)
@@ -166,54 +149,14 @@ class RLTrainer(Trainer):
         samples = range(self.spec.num_generations)
         return [[episode_key(run.spec.seed, place, sample) for sample in samples] for place in own]
 
-    def _sampled(
-        self,
-        slots: Sequence[int | None],
-        questions: Sequence[Sequence[Question]],
-        keys: Sequence[Sequence[Sequence[int]]],
-    ) -> list[list[Rollout | str]]:
-        """Of each worker, in their order, its rollouts of each slot's questions, or why there are none."""
-        asked = [
-            [Prompt(q.ids, key) for q, row in zip(part, rows, strict=True) for key in row]
-            for part, rows in zip(questions, keys, strict=True)
-        ]
-        try:
-            flat = self.sampler.sample(list(zip(slots, asked, strict=True)))
-        except NoRoomError as error:
-            return self.comm.gather([str(error)] * len(slots))
-        parted = [
-            _in_groups(done, [len(row) for row in rows])
-            for done, rows in zip(flat, keys, strict=True)
-        ]
-        scored = [self._scored(*pair) for pair in zip(questions, parted, strict=True)]
-        return self.comm.gather(scored)
-
-    def _scored(
-        self, questions: Sequence[Question], completions: list[list[Completion]]
-    ) -> Rollout | str:
-        pairs = [(q, c) for q, group in zip(questions, completions, strict=True) for c in group]
-        try:
-            rewards = self.reward(
-                [question.prompt for question, _ in pairs],
-                [self.train_questions.spoken(completion.ids) for _, completion in pairs],
-                [question.answer for question, _ in pairs],
-            )
-        except RewardError as error:
-            return masked(str(error))
-        return Rollout(completions, _in_groups(rewards, [len(group) for group in completions]))
-
     def _take(
         self, run: Run, questions: Sequence[Question], parts: Sequence[Rollout | str]
     ) -> None:
         """Makes a run's batch of what all workers sampled, or ends it with the reason of one of them."""
-        for part in parts:
-            if isinstance(part, str):
-                run.status, run.reason = "failed", part
-                return
-        completions = _interleaved(
-            [part.completions for part in parts if isinstance(part, Rollout)]
-        )
-        rewards = _interleaved([part.rewards for part in parts if isinstance(part, Rollout)])
+        if (reason := reason_of(parts)) is not None:
+            run.status, run.reason = "failed", reason
+            return
+        completions, rewards = joined_rollouts(parts)
         rewards_PS = np.array(rewards)
         episodes = make_episodes(
             [question for question in questions for _ in range(self.spec.num_generations)],
@@ -251,17 +194,7 @@ class RLTrainer(Trainer):
         )
 
     def _scores(self, run: Run | None) -> dict[str, Any]:
-        rows = range(len(self.eval_questions))
-        questions = [self.eval_questions.question(row) for row in rows]
-        own = slice(self.comm.world_rank, None, self.comm.world_size)
-        keys = [[episode_key(EVAL_SEED, row, 0)] for row in rows[own]]
-        slot = run.slot_index if run and run.slot.spec is not None else None
-        parts = [part[0] for part in self._sampled([slot], [questions[own]], [keys])]
-        if reasons := [part for part in parts if isinstance(part, str)]:
-            raise RewardError(reasons[0])
-        rollouts = [part for part in parts if isinstance(part, Rollout)]
-        completions = [group[0] for group in _interleaved([part.completions for part in rollouts])]
-        rewards = [group[0] for group in _interleaved([part.rewards for part in rollouts])]
+        questions, completions, rewards = self.roller.held_out(slot_of(run), self.eval_questions)
         lengths = np.array([len(completion.ids) for completion in completions])
         reward = float(np.mean(rewards))
         entropies = np.array([completion.entropy for completion in completions])
@@ -297,58 +230,27 @@ def make_rl_trainer(
     spec: RLSpec,
     tokenizer: LoadedTokenizer,
     weights: BaseWeights | None,
+    comm: Comm,
     **others: Any,
 ) -> RLTrainer:
     """A trainer as a spec asks for it.
 
     Args:
-        others: limits, comm and retention of a Trainer.
+        others: limits and retention of a Trainer.
 
     Raises:
         ValueError: a sharded base, or a reward that cannot be used.
     """
-    if pack.sharding is not None:
-        raise ValueError(
-            "method: rl needs a whole base on each worker, which samples token by token, got a sharded one; set "
-            "strategy: ddp or single"
-        )
     assert isinstance(train.rows, TokenizedSet)
     assert isinstance(held_out.rows, TokenizedSet)
-    sampler = Sampler(
-        pack,
-        pad_id=tokenizer.pad_id,
-        end_ids=[tokenizer.eos_id, *_own_ends(pack)],
-        max_completion_length=spec.max_completion_length,
-        temperature=spec.temperature,
-    )
     return RLTrainer(
         pack,
         train,
         held_out,
         spec=spec,
-        reward=Reward(spec.reward),
+        roller=make_roller(pack, spec, tokenizer, spec.temperature, comm, "method: rl"),
         questions=(Questions(train.rows, tokenizer), Questions(held_out.rows, tokenizer)),
-        sampler=sampler,
         weights=weights,
+        comm=comm,
         **others,
     )
-
-
-def _own_ends(pack: Pack) -> list[int]:
-    """The end tokens that the model itself is served with."""
-    config = pack.model.generation_config
-    ends = config.eos_token_id if config is not None else None
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
-
-
-def _in_groups(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
-    bounds = np.cumsum([0, *sizes]).tolist()
-    return [list(items[start:stop]) for start, stop in pairwise(bounds)]
-
-
-def _interleaved(parts: Sequence[Sequence[Any]]) -> list[Any]:
-    """What the workers have of a list of which each took every world_size-th item, in the list's order."""
-    whole: list[Any] = [None] * sum(map(len, parts))
-    for at, part in enumerate(parts):
-        whole[at :: len(parts)] = part
-    return whole

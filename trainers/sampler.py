@@ -76,8 +76,10 @@ class _Drawing(LogitsProcessor):
         self.entropies: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logp_BV = torch.log_softmax(scores.float() / self.temperature, dim=-1)
-        drawn = logp_BV + gumbel_noise(self.keys_B, len(self.logps), logp_BV.shape[1])
+        logp_BV = torch.log_softmax(scores.float() / (self.temperature or 1.0), dim=-1)
+        drawn = logp_BV
+        if self.temperature > 0:
+            drawn = logp_BV + gumbel_noise(self.keys_B, len(self.logps), logp_BV.shape[1])
         self.logps.append(logp_BV.gather(1, drawn.argmax(-1, keepdim=True))[:, 0])
         self.entropies.append(-(logp_BV.exp() * logp_BV).sum(-1))
         return drawn
@@ -89,7 +91,7 @@ class Sampler:
     Args:
         end_ids: tokens that end a completion.
         max_completion_length: tokens of a completion, end token included, >= 1.
-        temperature: > 0.
+        temperature: >= 0; 0: the likeliest token, whatever the key.
     """
 
     def __init__(

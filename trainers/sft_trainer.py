@@ -32,7 +32,7 @@ from trainers.integrity import DamagedError, GateError
 from trainers.loop import Trainer
 from trainers.measure import measure_max_tokens
 from trainers.meta_shape import shape_of_config
-from trainers.metrics import best_row
+from trainers.metrics import BY_LOSS, Judge
 from trainers.mirror import fetch
 from trainers.out_of_memory import NoRoomError, shared, shortage_in
 from trainers.paths import (
@@ -45,6 +45,7 @@ from trainers.runs import Run, RunSpec, new_run
 from trainers.slots import AdapterSpec
 from trainers.speed import measured_once, read_speed
 from trainers.targets import matching_layers
+from trainers.task_metric import make_task_metric
 from trainers.trial_spec import Report, TrialSpec, run_spec
 
 if TYPE_CHECKING:
@@ -61,11 +62,12 @@ class TrialResult:
     status: str
     reason: str
     rows: tuple[dict[str, Any], ...]
+    judge: Judge = BY_LOSS
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The trained row with the lowest eval_loss; None when there is none."""
-        return best_row(self.rows)
+        """Its best evaluation, as its judge finds it; None when there is none."""
+        return self.judge.best_row(self.rows)
 
 
 def train_trial(spec: TrialSpec, report: Report) -> TrialResult:
@@ -88,7 +90,9 @@ def train_trial(spec: TrialSpec, report: Report) -> TrialResult:
     except GateError as error:
         recorder.fail(run, error)
     recorder.finish(run)
-    return TrialResult(status=run.status, reason=run.reason, rows=tuple(recorder.rows))
+    return TrialResult(
+        status=run.status, reason=run.reason, rows=tuple(recorder.rows), judge=spec.judge
+    )
 
 
 def _refused(spec: TrialSpec, station: "Station", error: GateError) -> TrialResult:
@@ -140,6 +144,7 @@ class Station:
             keep_freed_memory()
         self.comm, self.base, self.data_spec = comm, spec.base, spec.data
         self.full_finetune, self.rl = spec.candidate.full_finetune, spec.rl
+        self.task = spec.task
         if self.full_finetune and spec.base.sharded:
             raise ValueError(
                 "full fine-tuning needs a whole base on each worker, got a sharded one; set strategy: single"
@@ -172,7 +177,10 @@ class Station:
             "retention": source(retention.rows) if retention else None,
         }
         if spec.rl is None:
-            return Trainer(self.pack, *rows, **others)
+            task = None
+            if spec.task is not None:
+                task = make_task_metric(self.pack, rows[1], spec.task, tokenizer, self.comm)
+            return Trainer(self.pack, *rows, **others, task=task)
         return make_rl_trainer(self.pack, *rows, spec.rl, tokenizer, self.weights, **others)
 
     def measure(self, path: str, lora_rank: int, row_tokens: int) -> dict[str, Any]:
@@ -236,7 +244,8 @@ class Station:
     def serves(self, spec: TrialSpec) -> bool:
         """Whether a trial can share this station: the same base and data, and adapters. Full
         fine-tuning changes the base, so every such trial has a station of its own."""
-        shared = spec.base == self.base and spec.data == self.data_spec and spec.rl == self.rl
+        asked = spec.base, spec.data, spec.rl, spec.task
+        shared = asked == (self.base, self.data_spec, self.rl, self.task)
         return shared and not spec.candidate.full_finetune and not self.full_finetune
 
     def enter(self, spec: TrialSpec, report: Report) -> tuple[Run, "Recorder"]:

@@ -8,8 +8,9 @@ from typing import Any, cast
 from search_spaces.candidate import Candidate
 from trainers.base_spec import BaseSpec
 from trainers.data import DataSpec
+from trainers.metrics import BY_LOSS, Judge
 from trainers.mirror import local_folder
-from trainers.rl_spec import RLSpec
+from trainers.rl_spec import RLSpec, TaskSpec
 from trainers.runs import RunSpec
 
 DEFAULT_MAX_TOKENS = 2048
@@ -31,6 +32,9 @@ class TrialSpec:
         keep_weights: whether weights outlive the trial; False: a study wants its numbers alone, and a
             fine-tuned model per point fills a disk.
         rl: how it is trained by rewards; None: supervised.
+        task: what its answers are worth, measured at every evaluation; None: nothing is asked.
+        judge: by what its best evaluation is found.
+        repeats: the trial whose candidate it trains on another seed.
     """
 
     name: str
@@ -46,6 +50,9 @@ class TrialSpec:
     num_threads: int = 1
     keep_weights: bool = True
     rl: RLSpec | None = None
+    task: TaskSpec | None = None
+    judge: Judge = BY_LOSS
+    repeats: str | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrialSpec":
@@ -55,7 +62,9 @@ class TrialSpec:
             "base": BaseSpec(**values["base"]),
             "data": DataSpec(**values["data"]),
             "candidate": Candidate.from_dict(values["candidate"]),
-            "rl": RLSpec.from_dict(rl) if (rl := values.get("rl")) else None,
+            "rl": RLSpec(**rl) if (rl := values.get("rl")) else None,
+            "task": TaskSpec(**task) if (task := values.get("task")) else None,
+            "judge": Judge(**values.get("judge", {})),
         }
         return cls(**(values | parts))
 

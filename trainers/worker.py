@@ -30,11 +30,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, str]:
 
 def _train(spec: TrialSpec, num_seen: int) -> dict[str, str]:
     for row in recorded_rows(spec)[num_seen:]:
-        ray.train.report({**row, "trial": spec.name})  # a driver died before it was judged
+        ray.train.report(_judged(spec, row))  # a driver died before it was judged
 
     def report(row: dict[str, Any]) -> bool:
         if row["steps"] > 0:
-            ray.train.report({**row, "trial": spec.name})
+            ray.train.report(_judged(spec, row))
         return True
 
     result = train_trial(spec, report)
@@ -43,6 +43,11 @@ def _train(spec: TrialSpec, num_seen: int) -> dict[str, str]:
             {"eval_loss": DIVERGED_LOSS, "examples": spec.num_examples, "trial": spec.name}
         )
     return {"status": result.status, "reason": result.reason}
+
+
+def _judged(spec: TrialSpec, row: dict[str, Any]) -> dict[str, Any]:
+    """A row as Tune is told it, which minimises eval_loss whatever a trial is judged by."""
+    return {**row, "eval_loss": spec.judge.loss(row), "trial": spec.name}
 
 
 class GroupLink(Link, Protocol):

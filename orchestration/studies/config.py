@@ -32,6 +32,13 @@ DECIDED = (
     "capacity_policy",
     "method",
     "dataset_tokens",
+    "metric",
+    "metric_rows",
+    "select",
+    "max_forgetting",
+    "confirm",
+    "time_budget",
+    "max_cost",
 )
 """Keys of a sweep that a study decides itself: its arms run every point to its end."""
 Decades = Annotated[float, Field(gt=0, le=10)]

@@ -221,6 +221,15 @@ LEGAL: Mapping[str, st.SearchStrategy[str]] = {
         near=("good.jsonl", "good.jsonl/x", "/dev/null", "/proc/x", "s3://", "memory://x", "nope://bucket/x",
             '""', "x" * 300),
     ),
+    "metric": words("eval_loss", "bits_per_byte", "exact_match", '"regex:.*"', "{exact_match: 1, numeric_answer: 0.5}",
+        near=("accuracy", '"regex:("', "absent.py:f", "{eval_loss: 1}", "{}", "math:sqrt")),
+    "metric_rows": WHOLE,
+    "select": words("best", "lowest_lr_within 0.5%", "lowest_lr_within 3 %",
+        near=("lowest", "lowest_lr_within 100%", "lowest_lr_within -1%", "0.5%")),
+    "max_forgetting": REAL,
+    "confirm": words("0", "2", "3", near=("1", "-1", "100000", "two")),
+    "time_budget": words("90m", "2h", "1h30m", "1d", near=("0s", "2", "1.5h", "h", "later", "9" * 40 + "d")),
+    "max_cost": REAL,
     "tracking": words("[]", "wandb", "tensorboard", "[wandb, tensorboard]"),
 }  # fmt: skip
 """Of every key of a sweep values of its own kind: legal ones, and some that only look so."""

@@ -29,7 +29,7 @@ def shipped_texts() -> dict[str, str]:
     found = {path.name: path.read_text() for path in files}
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         blocks = re.findall(r"```yaml\n(.*?)```", path.read_text(), re.DOTALL)
-        found |= {f"{path.name} {n}": block for n, block in enumerate(blocks)}
+        found |= {f"{path.relative_to(ROOT)} {n}": block for n, block in enumerate(blocks)}
     for preset in PRESETS:
         for kind in KINDS:
             values = {"model": "assets/tiny-llama", **preset_values(kind, preset)}

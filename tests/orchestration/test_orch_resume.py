@@ -6,12 +6,14 @@ import re
 import shutil
 import signal
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import psutil
 import pytest
 from safetensors.torch import load_file
 
+from orchestration.results import read_trials
 from tests.orchestration.sweeps import (
     FUNCTIONS,
     WHOLE,
@@ -28,6 +30,7 @@ from tests.orchestration.sweeps import (
 )
 from tests.orchestration.watched import STUBS
 from trainers.object_store import ObjectStore
+from trainers.paths import RunPaths
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -147,6 +150,7 @@ def test_resume_of_an_interrupted_optuna_sweep_keeps_its_number_of_trials(tmp_pa
         "scheduler": "asha",
         "search": "optuna",
         "num_candidates": 4,
+        "confirm": 2,
         "learning_rate": {"low": 1e-4, "high": 1e-2, "num": 5},
     }
     shutil.copyfile(FUNCTIONS, tmp_path / "functions.jsonl")
@@ -162,8 +166,11 @@ def test_resume_of_an_interrupted_optuna_sweep_keeps_its_number_of_trials(tmp_pa
     done = ended(start(tmp_path, "resume", "runs/run", module=STUBS))
     assert done.returncode == 0, told(done)
     found = statuses(run)
-    assert len(found) == 4
-    assert len(list((run / "trials").iterdir())) == 4
+    repeats = {t.name: t.repeats for t in read_trials(RunPaths(run)) if t.repeats}
+    assert len(found) == len(list((run / "trials").iterdir())) == 4 + len(repeats)
+    assert sorted(Counter(repeats.values()).values()) == [2, 2]
+    assert {found[name]["status"] for name in repeats} == {"finished"}  # ASHA stops none of them
+    assert re.search(r"on 2 new seeds \S+ has eval_loss", done.stdout), told(done)
     for name, status in found.items():
         examples = [row["examples"] for row in rows(run / "trials" / name)]
         assert examples == sorted(set(examples))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray import tune
@@ -12,8 +13,10 @@ from orchestration.planning import make_plan
 from orchestration.rungs import RungLedger, stopped_trials
 from orchestration.schedulers import make_scheduler
 from orchestration.searchers import ListSearcher, OptunaSearcher
+from orchestration.time_limit import TimeLimit
 from search_spaces.candidate import Candidate, grid_candidates, trial_name
 from tests.orchestration.local_cluster import bare_ray
+from trainers.paths import RunPaths
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 MAX_T = 9
@@ -31,7 +34,9 @@ def stub(config: dict) -> None:
         tune.report({"examples": examples, "eval_loss": config["trial"]["loss"]})
 
 
-def fit(folder: Path, name: str, searcher: Searcher, ledger: RungLedger, kind: str) -> None:
+def fit(
+    folder: Path, name: str, searcher: Searcher, ledger: RungLedger, kind: str, stop: Any = None
+) -> None:
     tune.Tuner(
         tune.with_resources(stub, {"CPU": 0.5}),
         tune_config=tune.TuneConfig(
@@ -42,7 +47,7 @@ def fit(folder: Path, name: str, searcher: Searcher, ledger: RungLedger, kind: s
             num_samples=-1,
             max_concurrent_trials=1,
         ),
-        run_config=tune.RunConfig(name=name, storage_path=str(folder), verbose=0),
+        run_config=tune.RunConfig(name=name, storage_path=str(folder), verbose=0, stop=stop),
     ).fit()
 
 
@@ -81,3 +86,19 @@ def test_tune_optuna_proposes_what_was_asked_from_the_centre_on(tmp_path, workpl
     found = num_results(ledger)
     assert list(found.values()) == [9, 9, 9]
     assert next(iter(found)) == trial_name(next(grid_candidates(plan.space)))
+
+
+def test_tune_whose_time_is_up_stops_all_and_asks_for_no_more(tmp_path):
+    config = make_config({"model": "base", "data": "x", "time_budget": "1h"}, "test")
+    limit = TimeLimit(config, 0, RunPaths(tmp_path), print)
+    trials = [{"name": f"loss{loss}", "loss": loss} for loss in (1.0, 2.0, 3.0)]
+
+    class Ending(ListSearcher):
+        def on_trial_complete(self, *args: Any, **others: Any) -> None:
+            limit.used_before_s = 3600  # with the end of the first
+
+    ledger = RungLedger(tmp_path / "rungs.jsonl")
+    fit(tmp_path, "limited", Ending(trials, {}), ledger, "fifo", limit)
+    found = num_results(ledger)
+    assert found["loss1.0"] == 9
+    assert "loss3.0" not in found

@@ -34,6 +34,10 @@ BEYOND = (
     "inventory must be",  # no GPU, or too many
     "a URL with a bucket",
     "method: rl needs",
+    "max_completion_length is for",
+    "metric_rows is for",
+    "confirm must be 0 or at least 2",
+    "select must be",  # 0 percent
     "method: rl without data",
     "is for method: sft",
     "with method rl",

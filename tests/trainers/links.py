@@ -26,7 +26,10 @@ def as_command(spec: TrialSpec) -> dict[str, Any]:
         "data": asdict(spec.data),
         "candidate": spec.candidate.to_dict(),
     }
-    parts |= {"rl": vars(spec.rl) if spec.rl else None}
+    parts |= {
+        name: vars(part) if (part := getattr(spec, name)) else None for name in ("rl", "task")
+    }
+    parts |= {"judge": vars(spec.judge)}
     return json.loads(json.dumps(values | parts))
 
 

@@ -17,6 +17,7 @@ from trainers.episodes import Questions
 from trainers.rewards import Reward
 from trainers.rl_spec import RLSpec
 from trainers.rl_trainer import RLTrainer
+from trainers.rollouts import Roller
 from trainers.runs import RunSpec
 from trainers.sampler import Sampler
 
@@ -64,23 +65,23 @@ def rl_trainer(
     train, held_out = rows or (question_rows(30), question_rows(12, seed=1))
     given = Reward({})
     given.parts = [("test", 1.0, reward)]
+    sampler = Sampler(
+        pack,
+        pad_id=0,
+        end_ids=[END],
+        max_completion_length=spec.max_completion_length,
+        temperature=spec.temperature,
+    )
     return RLTrainer(
         pack,
         RowSource(cast(Any, train), 0, CPU),
         RowSource(cast(Any, held_out), 0, CPU),
         limits=ForwardLimits(max_tokens=max_tokens),
         spec=spec,
-        reward=given,
+        roller=Roller(sampler, given, TOKENIZER, comm or Comm()),
         questions=(
             Questions(cast(Any, train), TOKENIZER),
             Questions(cast(Any, held_out), TOKENIZER),
-        ),
-        sampler=Sampler(
-            pack,
-            pad_id=0,
-            end_ids=[END],
-            max_completion_length=spec.max_completion_length,
-            temperature=spec.temperature,
         ),
         comm=comm,
         **others,

@@ -228,11 +228,11 @@ def test_whole_model_learns_and_its_kl_is_to_the_base_it_was():
     trained = {name: p.detach().clone() for name, p in model.named_parameters()}
     # by hand: both models' log-probabilities of the completions that the policy samples
     questions = [trainer.eval_questions.question(row) for row in range(12)]
-    from trainers.rl_trainer import EVAL_SEED
+    from trainers.rollouts import EVAL_SEED
     from trainers.sampler import Prompt, episode_key
 
     prompts = [Prompt(q.ids, episode_key(EVAL_SEED, row, 0)) for row, q in enumerate(questions)]
-    (done,) = trainer.sampler.sample([(None, prompts)])
+    (done,) = trainer.roller.sampler.sample([(None, prompts)])
     total, count = 0.0, 0
     for question, completion in zip(questions, done, strict=True):
         ids = torch.from_numpy(np.concatenate([question.ids, completion.ids]))[None]
