@@ -13,6 +13,7 @@ from typing import Any
 
 from orchestration import signals
 from orchestration.cluster_verb import add_cluster_options, run_cluster
+from orchestration.config_verbs import add_config_verbs
 from orchestration.exit_codes import BAD_INPUT, INTERRUPTED
 from orchestration.live_verbs import add_live_verbs
 
@@ -90,20 +91,38 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+class _Parser(argparse.ArgumentParser):
+    """Of the command and, as argparse makes them of the same class, of every verb."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("epilog", EXIT_CODES)
+        super().__init__(**options)
+
+
+class _Version(argparse.Action):
+    """argparse's own would ask for the version at every start."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version  # pyproject.toml says it, once
+
+        print(f"tenfold {version('tenfold')}")
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line: a verb, a config, few operational flags; everything else is in the file."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tenfold",
         description="Finds the right LoRA for a model and a dataset: doctrine-built sweeps on Ray.",
-        epilog=EXIT_CODES,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for name, run, text in (
         ("check", _check, "pitfalls and data audit; nothing runs"),
         ("plan", _plan, "shape, dataset bits, every candidate admitted or discarded and why"),
         ("sweep", _sweep, "train the admitted candidates; report.html and the best adapter"),
     ):
-        verb = verbs.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
+        verb = verbs.add_parser(name, help=text, description=text)
         takes = "sweep.yaml, or a data file or folder" if name == "check" else "sweep.yaml"
         verb.add_argument("config", type=Path, help=takes)
         verb.set_defaults(run=run)
@@ -125,18 +144,20 @@ def build_parser() -> argparse.ArgumentParser:
             _add_plan_options(verb)
     report = verbs.add_parser("report", help="write report.html again from what is on disk")
     report.add_argument("run_folder", help="runs/NAME, or a URL")
+    report.add_argument("--json", action="store_true", help="print what it shows as JSON")
     report.set_defaults(run=_report)
     resume = verbs.add_parser(
-        "resume", help="go on with a sweep whose driver died or was interrupted", epilog=EXIT_CODES
+        "resume", help="go on with a sweep whose driver died or was interrupted"
     )
     resume.add_argument("run_folder", help="runs/NAME, or a URL")
     resume.add_argument("--address", help="a running Ray cluster (default: as the sweep began)")
     resume.set_defaults(run=_resume)
-    add_live_verbs(verbs, EXIT_CODES)
+    add_live_verbs(verbs)
     _add_export(verbs)
     _add_study(verbs)
+    add_config_verbs(verbs)
     text = "a Ray, KubeRay or Slurm manifest of the size that the plan asks for"
-    cluster = verbs.add_parser("cluster", help=text, description=text, epilog=EXIT_CODES)
+    cluster = verbs.add_parser("cluster", help=text, description=text)
     add_cluster_options(cluster)
     cluster.set_defaults(run=run_cluster)
     demo = verbs.add_parser("demo", help="a real NF4 sweep of the shipped base on local Ray")
@@ -159,7 +180,7 @@ def _add_plan_options(verb: argparse.ArgumentParser) -> None:
 
 def _add_export(verbs: Any) -> None:
     text = "the best trial's adapter as a portable PEFT folder, or merged into its base"
-    verb = verbs.add_parser("export", help=text, description=text, epilog=EXIT_CODES)
+    verb = verbs.add_parser("export", help=text, description=text)
     verb.add_argument("run_folder", help="runs/NAME, or a URL")
     verb.add_argument("--trial", metavar="T", help="another trial than the best")
     verb.add_argument("--merge", action="store_true", help="plain weights, which need no PEFT")
@@ -174,7 +195,7 @@ def _add_export(verbs: Any) -> None:
 
 def _add_study(verbs: Any) -> None:
     text = "measure a claim of the doctrine: every point of every arm runs to its end"
-    study = verbs.add_parser("study", help=text, description=text, epilog=EXIT_CODES)
+    study = verbs.add_parser("study", help=text, description=text)
     study.add_argument(
         "kind", metavar="KIND", help="lr-ratio, rank, layers, batch, capacity, compute or rl"
     )
@@ -271,9 +292,15 @@ def _sweep(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from orchestration.report_json import report_json
     from orchestration.report_verb import write_report_again
+    from orchestration.show import print_json
 
-    print(write_report_again(args.run_folder))
+    place = write_report_again(args.run_folder)
+    if args.json:
+        print_json(report_json(args.run_folder))
+    else:
+        print(place)
     return 0
 
 

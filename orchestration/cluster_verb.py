@@ -133,8 +133,14 @@ def _check_credentials(args: argparse.Namespace) -> None:
 
 def _check_output(output: Path | None) -> None:
     """An earlier manifest may be written anew; whatever else is there stays."""
-    if output is None or not (output.exists() or output.is_symlink()):
+    if output is None:
         return
+    if not (output.exists() or output.is_symlink()):
+        from orchestration.own_folder import (
+            require_place,  # modules that `tenfold --help` has no use for
+        )
+
+        return require_place(output)
     begin = output.read_bytes()[:BEGIN_BYTES] if output.is_file() else b""
     if MARK.encode() not in begin:
         raise ValueError(

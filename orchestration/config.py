@@ -1,8 +1,7 @@
 """sweep.yaml: what a user may write, with one line of meaning per key."""
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -10,14 +9,13 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StrictBool,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
-from cluster.gpus import parse_inventory
 from orchestration.choice_config import (
     check_metric,
     check_select,
@@ -25,37 +23,21 @@ from orchestration.choice_config import (
     seconds_of,
     task_spec,
 )
-from orchestration.config_checks import check_data, check_prior, check_reward, check_texts
+from orchestration.config_checks import (
+    check_data,
+    check_prior,
+    check_reward,
+    check_texts,
+    has_switch,
+    require_strategy,
+)
+from orchestration.config_problems import credential_lines, problem_lines, unknown_key
+from orchestration.config_types import CarriedFrom, Fraction01, LogRange, Positive, PositiveInt
 from orchestration.rl_config import require_method_keys, rl_spec
-from orchestration.yaml_file import ConfigError, read_values, shortened, texts_in
+from orchestration.yaml_file import ConfigError, read_values
 from search_spaces.values import MAX_POINTS, check_sizes, parse_domain, parse_targets
-from trainers.credentials import credential_in
 from trainers.object_store import checked_url, is_url
 
-
-class LogRange(BaseModel):
-    """`num` log-spaced values from `low` to `high`, both included."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    low: float = Field(gt=0)
-    high: float = Field(gt=0)
-    num: int = Field(ge=1, le=MAX_POINTS)
-
-
-class CarriedFrom(BaseModel):
-    """{from: runs/SMALL}: the learning rate that was best there, carried to this model's width."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    folder: str = Field(alias="from")
-
-    @model_serializer
-    def _as_written(self) -> dict[str, str]:
-        return {"from": self.folder}
-
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction01 = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 COUNTS = ("lora_rank", "global_batch_size", "examples", "seed", "dataset_tokens")
 MAYBE_SWITCHES = ("gradient_checkpointing",)
 """Keys that are true, false or a word."""
@@ -71,6 +53,7 @@ class SweepConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
+    # Model and data
     model: str
     """Folder, hub id, or (for plan) a config.json."""
     data: str | dict[str, float] | None = None
@@ -101,6 +84,8 @@ class SweepConfig(BaseModel):
     """General text (file, folder or hub id) whose loss is logged beside eval_loss; never trained."""
     dataset_tokens: PositiveInt | None = None
     """Loss-bearing tokens of one epoch, instead of data."""
+
+    # Reinforcement learning
     method: Literal["sft", "rl"] = "sft"
     """Supervised fine-tuning, or reinforcement learning: what examples, global_batch_size, eval_every and
     grace_period count is then a prompt, of which num_generations episodes are made."""
@@ -114,9 +99,13 @@ class SweepConfig(BaseModel):
     temperature: Positive | None = None
     """That the policy samples at; default: 1."""
 
+    # Search space
     lora_rank: int | list[int] | LogRange | None = None
+    """Default: the doctrine's range for the model's size, higher where the data need it."""
     learning_rate: float | list[float] | LogRange | None = None
+    """Default: log-spaced points around the prior (lr_prior)."""
     global_batch_size: int | list[int] | LogRange | None = None
+    """Examples of a step, over all workers. Default: the doctrine's small batches."""
     lora_alpha: float | str | list[float | str] | LogRange | None = None
     """A number, or a rule: rank, 2*rank. Learning rates that are not given are rescaled for a rule."""
     variant: str | list[str] = "lora"
@@ -133,19 +122,26 @@ class SweepConfig(BaseModel):
     capacity: Literal["doctrine", "measured"] | Positive = "doctrine"
     """Bits per loss-bearing token; doctrine: 1; measured: the base's loss on a sample of the data."""
     capacity_policy: Literal["discard", "advisory"] = "discard"
+    """Candidates that cannot hold the data are discarded before they run, or only said to be such."""
 
+    # Search and early stopping
     search: Literal["grid", "random", "optuna"] = "grid"
+    """Every candidate of the space, some drawn at random, or some that Optuna proposes."""
     num_candidates: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] | None = None
     """Candidates to draw (random), to propose (optuna), or to keep of the grid, the doctrine's centre
     first."""
     scheduler: Literal["asha", "fifo", "median"] = "asha"
+    """What stops trials early: successive halving (asha), the median of the others, or nothing (fifo)."""
     grace_period: PositiveInt | None = None
     """Examples that every trial sees before it may be stopped; default: a quarter of the budget."""
     reduction_factor: Annotated[int, Field(ge=2)] = 4
+    """Of asha: one in so many goes on to the next rung."""
 
+    # Budget, rows and evaluation
     epochs: Positive | None = None
+    """Budget of a trial; default: 1."""
     examples: PositiveInt | None = None
-    """Budget of a trial; default: 1 epoch."""
+    """Budget of a trial, instead of epochs."""
     seq_len: Annotated[int, Field(ge=2)] | None = None
     """Longest row in tokens (max_length); default: the model's, at most 1024."""
     truncation: Literal["drop", "cut"] = "drop"
@@ -155,15 +151,23 @@ class SweepConfig(BaseModel):
     eval_every: PositiveInt | None = None
     """Examples between evaluations; default: a quarter of the budget."""
 
+    # Training
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the learning rate, after the warmup."""
     warmup: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Below 1 a fraction of the steps, else steps."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Of AdamW."""
     max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Longer gradients are scaled down to it; 0: never."""
     dropout: Fraction01 | list[Fraction01] = 0.0
+    """Of the adapter's input."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of everything that is drawn: adapters, the order of the data, dropout, a random search."""
 
+    # Hardware and placement
     quantization: Literal["nf4", "none"] = "nf4"
+    """Of the frozen base: 4 bits (QLoRA), or none."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the GPU has it, else fp32."""
     strategy: Literal["auto", "single", "ddp", "zero3"] = "auto"
@@ -171,9 +175,10 @@ class SweepConfig(BaseModel):
     holds its part of the base. auto: the simplest that fits the memory."""
     workers_per_trial: PositiveInt | Literal["auto"] = "auto"
     """Workers that train one pack (engine solo: one trial); auto: from the plan."""
-    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    gradient_checkpointing: Literal["auto"] | StrictBool = "auto"
     """Layers are computed again in the backward pass; auto: where memory is short."""
     cpus_per_worker: PositiveInt = 1
+    """CPU cores that a worker reserves."""
     gpus_per_worker: Literal["auto", 0, 1] | Annotated[float, Field(gt=0, lt=1)] = "auto"
     """auto: 1 where the cluster has GPUs; 0.25: four small trainings share one."""
     micro_batch_size: PositiveInt | None = None
@@ -186,12 +191,16 @@ class SweepConfig(BaseModel):
     """What an hour of one GPU costs, in the user's currency: the plan then names a price."""
     pack_size: PositiveInt | None = None
     """Adapters of a worker group; default: from memory and measured step time."""
+
+    # Where it runs and what it writes
     address: str | None = None
     """A running Ray cluster; default: a local one is started."""
     storage: str = "runs"
     """Folder that holds runs/NAME, shared by all nodes of a cluster, or a URL (s3://BUCKET/runs, gs://...)."""
     tracking: list[Literal["wandb", "tensorboard"]] = []
+    """Where metrics are also logged; wandb without a key writes offline."""
 
+    # Choosing, and when to stop
     metric: str | dict[str, float] = "eval_loss"
     """What trials are judged by: eval_loss, bits_per_byte, or what the answers to held-out rows earn, named as for
     reward: exact_match, numeric_answer, regex:PATTERN, ..., or several with weights."""
@@ -225,7 +234,7 @@ class SweepConfig(BaseModel):
         if key != "columns":  # a header of a csv file may have several lines
             check_texts(key, value)
         is_switch = cls.model_fields[key].annotation is bool
-        if isinstance(value, bool) != is_switch and key not in MAYBE_SWITCHES:
+        if has_switch(value) != is_switch and key not in MAYBE_SWITCHES:
             must = "must" if is_switch else "must not"
             raise ValueError(f"{key} {must} be true or false, got {value!r}")
         if key == "data":
@@ -287,31 +296,10 @@ class SweepConfig(BaseModel):
                 f"gpus_per_worker below 1 is for one worker a trial, got {share} and workers_per_trial "
                 f"{workers}; two workers of one trial cannot share a GPU"
             )
-        self._require_strategy()
+        require_strategy(self)
         if self.search != "grid" and self.num_candidates is None:
             raise ValueError(f"search: {self.search} needs num_candidates")
         return self
-
-    def _require_strategy(self) -> None:
-        workers, share = self.workers_per_trial, self.gpus_per_worker
-        if self.strategy == "single" and workers not in ("auto", 1):
-            raise ValueError(
-                f"strategy: single is one worker, got workers_per_trial {workers}; set strategy: ddp"
-            )
-        if self.strategy in ("ddp", "zero3") and (
-            workers == 1 or (share != "auto" and 0 < share < 1)
-        ):
-            raise ValueError(
-                f"strategy: {self.strategy} needs workers_per_trial of at least 2 and whole GPUs, got "
-                f"workers_per_trial {workers} and gpus_per_worker {share}"
-            )
-        if self.strategy == "zero3" and self.gradient_checkpointing is False:
-            raise ValueError(
-                "strategy: zero3 computes layers again in the backward pass, got gradient_checkpointing "
-                "false; leave it out"
-            )
-        if self.inventory is not None:
-            parse_inventory(self.inventory)
 
 
 SPACE_KEYS = (
@@ -388,42 +376,15 @@ def make_config(values: dict[str, Any], where: str, kind: type[Config] = SweepCo
     Raises:
         ConfigError: as `load_config`.
     """
-    if secrets := list(_credentials(values)):
+    if secrets := list(credential_lines(values)):
         raise ConfigError("\n".join(f"{where}: {line}" for line in secrets))
-    unknown = [_unknown_key(key, where, kind) for key in values if key not in kind.model_fields]
-    known = {key: value for key, value in values.items() if key in kind.model_fields}
+    known_keys = tuple(kind.model_fields)
+    unknown = [unknown_key(key, where, known_keys) for key in values if key not in known_keys]
+    known = {key: value for key, value in values.items() if key in known_keys}
     try:
         config = kind.model_validate(known)
     except ValidationError as error:
-        raise ConfigError("\n".join([*unknown, *_problems(error, where)])) from error
+        raise ConfigError("\n".join([*unknown, *problem_lines(error, where)])) from error
     if unknown:
         raise ConfigError("\n".join(unknown))
     return config
-
-
-def _credentials(values: dict[str, Any]) -> Iterator[str]:
-    """A line for each value with a credential in it. Whatever else is wrong with it would show it."""
-    for key, value in values.items():
-        if why := next(filter(None, map(credential_in, texts_in(value))), None):
-            yield f"{key}: {why}"
-
-
-def _unknown_key(key: object, where: str, kind: type[SweepConfig]) -> str:
-    close = difflib.get_close_matches(str(key), kind.model_fields, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(kind.model_fields)}"
-    return f"{where}: unknown key {shortened(repr(key))}; {hint}"
-
-
-def _problems(error: ValidationError, where: str) -> list[str]:
-    # A union reports one problem per alternative; one line per key is what a person can use.
-    lines: dict[str, str] = {}
-    for item in error.errors(include_url=False):
-        key = str(item["loc"][0]) if item["loc"] else ""
-        if item["type"] == "value_error":
-            text = item["msg"].removeprefix("Value error, ")  # ours, complete
-        else:
-            text = f"{key}: {item['msg']}" + (
-                "" if item["type"] == "missing" else f", got {item['input']!r}"
-            )
-        lines.setdefault(key, f"{where}: {shortened(text)}")
-    return list(lines.values())

@@ -2,14 +2,24 @@
 
 import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from cluster.gpus import parse_inventory
 from orchestration.yaml_file import texts_in
+
+if TYPE_CHECKING:
+    from orchestration.config import SweepConfig
 
 MAX_TEXT, MAX_PART_BYTES = 1000, 255
 """Characters of a text; bytes between the slashes of a path."""
 MAX_WEIGHT = 1000
 """Of a file of the data: its rows are written that often."""
+
+
+def has_switch(value: Any) -> bool:
+    """Whether a value, or one in its list, is true or false, which Python would take for 1 or 0."""
+    items = value if isinstance(value, list) else [value]
+    return any(isinstance(item, bool) for item in items)
 
 
 def check_data(value: Any) -> None:
@@ -89,3 +99,30 @@ def check_prior(value: Any) -> None:
         raise ValueError(
             f"lr_prior must be doctrine, tinker, a number > 0, or {{from: runs/NAME}}, got {value!r}"
         )
+
+
+def require_strategy(config: "SweepConfig") -> None:
+    """How workers share a pack, and how many there are.
+
+    Raises:
+        ValueError: they do not go together, or an inventory that names no GPUs.
+    """
+    workers, share = config.workers_per_trial, config.gpus_per_worker
+    if config.strategy == "single" and workers not in ("auto", 1):
+        raise ValueError(
+            f"strategy: single is one worker, got workers_per_trial {workers}; set strategy: ddp"
+        )
+    if config.strategy in ("ddp", "zero3") and (
+        workers == 1 or (share != "auto" and 0 < share < 1)
+    ):
+        raise ValueError(
+            f"strategy: {config.strategy} needs workers_per_trial of at least 2 and whole GPUs, got "
+            f"workers_per_trial {workers} and gpus_per_worker {share}"
+        )
+    if config.strategy == "zero3" and config.gradient_checkpointing is False:
+        raise ValueError(
+            "strategy: zero3 computes layers again in the backward pass, got gradient_checkpointing "
+            "false; leave it out"
+        )
+    if config.inventory is not None:
+        parse_inventory(config.inventory)

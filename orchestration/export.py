@@ -1,7 +1,6 @@
 """`tenfold export`: a trial's adapter as something to give away: a PEFT folder, or merged weights."""
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestration.models import config_path, model_shape
+from orchestration.own_folder import require_place
 from orchestration.results import TrialRecord, best_trial, read_trials
 from orchestration.run import tokenizer_files
 from orchestration.run_folder import run_at
@@ -89,11 +89,7 @@ def export(
 def _require_new(target: Path) -> None:
     if target.exists() or target.is_symlink():
         raise ValueError(f"{target}: must be new, it exists; give another folder (-o)")
-    above = next(folder for folder in target.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"{target}: must be a new folder where you can write, {above} is none; give another (-o)"
-        )
+    require_place(target)
 
 
 def _chosen(run: RunPaths, place: str, trial: str | None) -> TrialRecord:

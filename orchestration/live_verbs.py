@@ -8,28 +8,24 @@ PLACE = "runs/NAME, or a URL"
 TRIAL = "its name, or the beginning of it"
 
 
-def add_live_verbs(verbs: Any, epilog: str) -> None:
-    """Adds them to the verbs of `tenfold`.
-
-    Args:
-        epilog: what stands below their help.
-    """
+def add_live_verbs(verbs: Any) -> None:
+    """Adds them to the verbs of `tenfold`."""
     text = "how far a run is: what runs, waits and has ended, and the best so far"
-    status = verbs.add_parser("status", help=text, description=text, epilog=epilog)
+    status = verbs.add_parser("status", help=text, description=text)
     status.add_argument("run_folder", help=PLACE)
     status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(run=_status)
     text = "stop or clone a trial of a sweep, also while it runs"
-    trial = verbs.add_parser("trial", help=text, description=text, epilog=epilog)
-    _add_actions(trial.add_subparsers(required=True, metavar="stop|clone"), epilog)
+    trial = verbs.add_parser("trial", help=text, description=text)
+    _add_actions(trial.add_subparsers(required=True, metavar="stop|clone"))
 
 
-def _add_actions(actions: Any, epilog: str) -> None:
+def _add_actions(actions: Any) -> None:
     text = "end a trial at its next evaluation at the latest; it keeps its scores"
-    stop = actions.add_parser("stop", help=text, description=text, epilog=epilog)
+    stop = actions.add_parser("stop", help=text, description=text)
     stop.set_defaults(run=_stop)
     text = "train another candidate: that of a trial with keys changed, judged as all others"
-    clone = actions.add_parser("clone", help=text, description=text, epilog=epilog)
+    clone = actions.add_parser("clone", help=text, description=text)
     clone.set_defaults(run=_clone)
     for verb in (stop, clone):
         verb.add_argument("run_folder", help=PLACE)

@@ -10,6 +10,19 @@ OTHERS_FOLDERS = ("tune", "wandb", "tensorboard")
 """What Ray and the trackers write, links of their own included; nothing of ours goes into them."""
 
 
+def require_place(target: Path) -> None:
+    """A new file or folder can be made there, and what is missing above it.
+
+    Raises:
+        ValueError: above it is a file, or a folder that cannot be written.
+    """
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{target}: must lie in a folder where you can write, {above} is none; give another (-o)"
+        )
+
+
 def require_own(root: Path) -> None:
     """A run has one owner. What this process writes there is written to be his.
 

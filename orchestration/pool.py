@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.inventory import TrialDemand
 from orchestration.board import GROUP_WAIT_S
+from orchestration.environment import seconds_from
 from orchestration.rungs import BY_SCHEDULER
 from orchestration.silence import HANG_S
 from orchestration.sweep import DRIVER_RESOURCE, DRIVER_SHARE
@@ -75,8 +76,8 @@ class Pool:
         # A namespace of its own: two sweeps may share a cluster.
         self.address = {"name": "broker", "namespace": f"tenfold-{uuid.uuid4().hex[:12]}"}
         self.broker: Any = None
-        self.wait_s = float(os.environ.get(WAIT_VARIABLE, GROUP_WAIT_S))
-        self.hang_s = float(os.environ.get(HANG_VARIABLE, HANG_S))
+        self.wait_s = seconds_from(WAIT_VARIABLE, GROUP_WAIT_S)
+        self.hang_s = seconds_from(HANG_VARIABLE, HANG_S)
         self.threads: list[tuple[list[str], threading.Thread]] = []
         self.ending = False
         self.over = threading.Event()

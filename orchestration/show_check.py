@@ -1,14 +1,12 @@
 """What `tenfold check` found, as text."""
 
-import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from orchestration.measured import measured_text
 from orchestration.show import bits_lines, pitfall_lines, retention_lines
 from orchestration.show_audit import audit_lines, row
-from trainers.terminal import printable
+from trainers.terminal import is_coloured, printable
 
 GREEN, FAINT, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 MARKS = ("⟦", "⟧")
@@ -38,6 +36,6 @@ def _shown_lines(shown: Mapping[str, Any]) -> list[str]:
 
 def _painted(text: str, is_trained: bool) -> str:
     text = printable(text)  # before the colours, which are escapes themselves
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+    if is_coloured():
         return f"{GREEN if is_trained else FAINT}{text}{PLAIN}"
     return f"{MARKS[0]}{text}{MARKS[1]}" if is_trained else text

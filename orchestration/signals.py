@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 from orchestration.exit_codes import INTERRUPTED, SIGNALLED
+from trainers.terminal import takes_escapes
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STANDARD_FILES = (0, 1, 2)
@@ -294,7 +295,7 @@ def _interrupt(*_: object) -> None:
 def _end_at_once(number: int) -> None:
     """No clean-up that may hang: the kernel lets our locks go."""
     _kill_what_is_below()
-    cursor, how = CURSOR if sys.stderr.isatty() else "", how_to_go_on()
+    cursor, how = CURSOR if sys.stderr.isatty() and takes_escapes() else "", how_to_go_on()
     _say(f"{cursor}ended at once, without cleaning up{f'; {how}' if how else ''}")
     os._exit(SIGNALLED + number)
 

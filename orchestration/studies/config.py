@@ -48,12 +48,17 @@ Decades = Annotated[float, Field(gt=0, le=10)]
 class StudyConfig(SweepConfig):
     """A study. What a sweep's key means here is what it means there, but for the defaults below."""
 
+    # Other defaults than a sweep's
     quantization: Literal["nf4", "none"] = "none"
     """A claim about full fine-tuning is measured in fp32; NF4 is another arm's matter."""
     dtype: Literal["auto", "bf16", "fp32"] = "fp32"
+    """A difference of methods must not be one of rounding."""
     scheduler: Literal["asha", "fifo", "median"] = "fifo"
+    """Decided by the study: nothing is stopped early."""
     capacity_policy: Literal["discard", "advisory"] = "advisory"
+    """Decided by the study: an arm without capacity is what it measures."""
 
+    # How arms are measured
     seeds: Annotated[int, Field(ge=1, le=MAX_POINTS)] | list[Annotated[int, Field(ge=0)]] = 3
     """How many seeds (0, 1, ...), or which."""
     full_learning_rate: float | list[float] | LogRange | None = None
@@ -109,6 +114,7 @@ class RLStudyConfig(StudyConfig):
     """A study of reinforcement learning; examples and batches are counted in prompts."""
 
     method: Literal["sft", "rl"] = "rl"
+    """Decided by the kind of study."""
 
 
 def load_study(kind: str, preset: str | None, path: Path | None, **flags: Any) -> StudyConfig:

@@ -11,8 +11,9 @@ from pathlib import Path
 import hypothesis.strategies as st
 import yaml
 
-from orchestration.studies.config import DECIDED, KINDS, PRESETS, preset_values
-from tests.fuzzing import BASE, ROOT, Ending, ended, mutated_bytes, rarely
+from orchestration.studies.config import DECIDED, KINDS
+from tests.fuzzing import BASE, Ending, ended, mutated_bytes, rarely
+from tests.orchestration.shipped import MODELS, place_data, shipped_texts
 
 NAME = "sweep.yaml"
 COMMANDS = tuple(
@@ -38,7 +39,8 @@ def fill(folder: Path) -> None:
     """Puts there what the cases name: data of several shapes, the shipped base under several names."""
     pairs = [{"prompt": f"{i} plus one?", "completion": f" It is {i + 1}."} for i in range(60)]
     lines = "".join(json.dumps(row) + "\n" for row in pairs)
-    for name in ("good.jsonl", "train.jsonl", "数据.jsonl", "two\nlines.jsonl"):
+    place_data(folder)
+    for name in ("good.jsonl", "数据.jsonl", "two\nlines.jsonl"):
         (folder / name).write_text(lines)
     (folder / "texts.csv").write_text("text\n" + "".join(f"word {i} of it\n" for i in range(40)))
     chats = [
@@ -50,11 +52,9 @@ def fill(folder: Path) -> None:
     (folder / "empty.jsonl").touch()
     (folder / "folder").mkdir()
     (folder / "template.jinja").write_text(TEMPLATE)
-    for name in ("base", "模型", "two words", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B"):
+    for name in ("base", "模型", "two words", *MODELS):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).symlink_to(BASE)
-    (folder / "gsm8k").mkdir()
-    (folder / "gsm8k" / "train.jsonl").write_text(lines)
     (folder / "Llama-3.1-70B").mkdir()
     shutil.copy(BASE / "config.json", folder / "Llama-3.1-70B" / "config.json")
     for name in ("assets", "trainers/assets"):
@@ -359,19 +359,6 @@ def structured(draw: st.DrawFn) -> ConfigCase:
         pairs.append(draw(st.sampled_from(pairs)))
     text = "".join(f"{key}: {value}\n" for key, value in draw(st.permutations(pairs)))
     return ConfigCase(command, _as_bytes(text, draw(st.sampled_from(WAYS))))
-
-
-def shipped_texts() -> dict[str, str]:
-    """Every YAML of ours that a user meets: name -> text."""
-    found = {path.name: path.read_text() for path in sorted((ROOT / "benchmarks").glob("*.yaml"))}
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        blocks = re.findall(r"```yaml\n(.*?)```", path.read_text(), re.DOTALL)
-        found |= {f"{path.relative_to(ROOT)} {n}": block for n, block in enumerate(blocks)}
-    for preset in PRESETS:
-        for kind in KINDS:
-            values = {"model": "assets/tiny-llama", **preset_values(kind, preset)}
-            found[f"{preset} {kind}"] = yaml.safe_dump(values, sort_keys=False)
-    return found
 
 
 SHIPPED = tuple(shipped_texts().items())

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestration import show_check
 from orchestration.check import CheckOptions, checked
 from orchestration.cli import main
-from orchestration.show_check import check_lines
 from trainers.data.tokenizer import SHIPPED_MODEL
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "chat"
@@ -135,15 +133,6 @@ def test_check_show_marks_exactly_what_is_trained(messy, capsys):
         assert f"<s>{row['prompt']}⟦{row['completion']}</s>⟧\n" in out + "\n"
     assert "--- messy.jsonl:1: " in out
     assert "--- messy.jsonl:3: " not in out
-
-
-def test_check_show_paints_on_a_terminal(messy, monkeypatch):
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(show_check.sys.stdout, "isatty", lambda: True, raising=False)
-    lines = check_lines(checked(messy, CheckOptions(num_shown=1)))
-    row = pair(0)
-    painted = f"\x1b[2m<s>{row['prompt']}\x1b[0m\x1b[32m{row['completion']}</s>\x1b[0m"
-    assert painted in lines
 
 
 def test_check_base_loss_is_shown_in_bits_per_byte(messy, capsys):

@@ -5,13 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from orchestration import run as run_module
-from orchestration.cli import main
+from orchestration.cli import EXIT_CODES, build_parser, main
 from orchestration.demo import demo_config, free_name
 from orchestration.progress import Progress
 from orchestration.results import TrialRecord
@@ -141,12 +142,23 @@ def test_main_wrong_usage_exits_with_2(arguments, capsys):
     assert "usage: tenfold" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["check", "plan", "sweep", "report", "demo"])
-def test_main_help_of_a_verb_exits_with_0(verb, capsys):
+def test_main_help_of_the_command_and_of_every_verb_says_the_exit_codes(capsys):
+    (verbs,) = (action for action in build_parser()._actions if isinstance(action.choices, dict))
+    assert {"check", "plan", "sweep", "report", "demo", "schema", "init"} <= verbs.choices.keys()
+    for words in ([], *([verb] for verb in verbs.choices)):
+        with pytest.raises(SystemExit) as end:
+            main([*words, "--help"])
+        assert end.value.code == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert f"usage: {' '.join(['tenfold', *words])}" in out
+        assert EXIT_CODES in out
+
+
+def test_main_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit) as end:
-        main([verb, "--help"])
+        main(["--version"])
     assert end.value.code == 0
-    assert f"usage: tenfold {verb}" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"tenfold {version('tenfold')}\n"
 
 
 def test_demo_config_is_the_shipped_base_on_the_shipped_rows(workplace, base):

@@ -121,7 +121,7 @@ def test_export_writes_over_nothing(finished, tmp_path, capsys):
         line = refused(capsys, "export", "runs/run", "-o", name)
         assert line == f"{name}: must be new, it exists; give another folder (-o)"
     line = refused(capsys, "export", "runs/run", "-o", "other/kept/x")
-    assert line.startswith("other/kept/x: must be a new folder where you can write, ")
+    assert line.startswith("other/kept/x: must lie in a folder where you can write, ")
     assert (other / "kept").read_text() == "kept"
 
 

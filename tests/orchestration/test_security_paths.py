@@ -221,6 +221,11 @@ def test_manifest_is_written_over_an_earlier_one_alone(write_sweep, workplace, c
         assert main([*flags, name]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"tenfold: {name}: must be new or an earlier manifest")
+    assert main([*flags, "mine.txt/deep/job.sh"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "tenfold: mine.txt/deep/job.sh: must lie in a folder where you can write"
+    )
     assert Path("mine.txt").read_text() == "mine"
     assert not Path("absent").exists()
 

@@ -82,6 +82,8 @@ def test_study_without_file_or_preset_says_what_it_needs():
         ({"seed": 3, "num_candidates": 2}, "a study decides num_candidates, seed itself"),
         ({"seeds": [1, 1]}, "seeds must be different"),
         ({"seeds": 0}, "seeds"),
+        ({"seeds": [True]}, "seeds must not be true or false, got [True]"),
+        ({"loads": [True, 2]}, "loads must not be true or false, got [True, 2]"),
         (
             {"full_learning_rate": {"low": 1e-3, "high": 1e-4, "num": 3}},
             "full_learning_rate must hold 0 < low",

@@ -142,6 +142,9 @@ def test_report_of_a_study_is_written_again(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     assert lr_ratio()["question"] in (tmp_path / "report.html").read_text()
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {**lr_ratio(), "report": str(tmp_path / "report.html")}
 
 
 def test_study_of_an_unknown_kind_is_refused(tmp_path):
