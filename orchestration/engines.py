@@ -1,5 +1,6 @@
 """The two ways to run the trials of a sweep: packed on warm workers, or each on workers of its own."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,10 +16,10 @@ from orchestration.progress import Progress
 from orchestration.results import mark_ended, notes_of
 from orchestration.rungs import RungLedger
 from orchestration.schedulers import make_scheduler
+from orchestration.spending import HELD_S, held_before, homes_of
 from orchestration.tracking import make_trackers
 from orchestration.trials import TrialMaker, history, known_names, settle, unended, untold
 from search_spaces.candidate import trial_name
-from trainers.composition import members
 from trainers.mirror import fetch_all_records
 from trainers.paths import RunPaths, read_state, write_state
 from trainers.run_lock import claim_folders
@@ -70,11 +71,12 @@ def _packed(inventory: Inventory, progress: Progress, work: "Work") -> None:
     measured = packs.strategy == "zero3" or measured_tokens(plan, demand) is not None
     one_run = plan.config.address is None and not inventory.num_gpus and demand.num_workers == 1
     measure = measurement(plan, demand, recomputed=packs.gradient_checkpointing)
+    held_s, began = held_before(run), time.monotonic()
     with Pool(demand, packs.num_groups, warm, measure, storage, one_run=one_run) as pool:
         progress.note(f"starting {packs.num_groups} worker group(s), loading the base")
         if not measured:  # else Tune's own processes start beside the workers'
             packs = plan_packs(plan, inventory, pool.first_group()["max_tokens"], packs.way)
-        facts = vars(packs)
+        facts = vars(packs) | {HELD_S: held_s}
         write_state(run.packs, facts)
         progress.note(f"{packs.num_groups} group(s) x {packs.places} adapters: {packs.reason}")
         homes = homes_of(run)
@@ -95,6 +97,7 @@ def _packed(inventory: Inventory, progress: Progress, work: "Work") -> None:
                 check=pool.require_group,
             ),
         )
+        facts |= {HELD_S: round(held_s + time.monotonic() - began, 1)}
         write_state(run.packs, facts | {"groups": pool.groups()})
 
 
@@ -110,12 +113,6 @@ def _solo(inventory: Inventory, progress: Progress, work: "Work") -> None:
         max_concurrent_trials(demand, inventory),
         partial(Ledger, run, progress),
     )
-
-
-def homes_of(run: RunPaths) -> dict[str, str]:
-    """Trial -> the worker group that had it last, in the order in which they entered."""
-    files = sorted(run.composition("any").parent.glob("*.jsonl"))
-    return {name: path.stem for path in files for name in members(path)}
 
 
 class Work:
