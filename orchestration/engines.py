@@ -13,7 +13,7 @@ from orchestration.mending import mend
 from orchestration.packs import measured_tokens, measurement, plan_packs, trial_demand
 from orchestration.planning import Plan
 from orchestration.progress import Progress
-from orchestration.results import mark_ended, notes_of
+from orchestration.results import mark_ended, notes_of, read_trial
 from orchestration.rungs import RungLedger
 from orchestration.schedulers import make_scheduler
 from orchestration.spending import HELD_S, held_before, homes_of
@@ -54,6 +54,7 @@ def train(
             run, lambda: progress.note("waiting for the workers of an earlier driver to end")
         )
         mend(run, {trial_name(c) for c in plan.pruned.admitted}, progress.say)
+        progress.known(read_trial(run.trial(name)) for name in known_names(run))
         maker = TrialMaker(plan, demand, packs, run, keep_weights=keep_weights)
         engine(inventory, progress, (make_work or Work)(plan, maker, run))
 
@@ -72,7 +73,10 @@ def _packed(inventory: Inventory, progress: Progress, work: "Work") -> None:
     one_run = plan.config.address is None and not inventory.num_gpus and demand.num_workers == 1
     measure = measurement(plan, demand, recomputed=packs.gradient_checkpointing)
     held_s, began = held_before(run), time.monotonic()
-    with Pool(demand, packs.num_groups, warm, measure, storage, one_run=one_run) as pool:
+    with (
+        Pool(demand, packs.num_groups, warm, measure, storage, one_run=one_run) as pool,
+        progress.following(pool.packs, packs.num_groups),
+    ):
         progress.note(f"starting {packs.num_groups} worker group(s), loading the base")
         if not measured:  # else Tune's own processes start beside the workers'
             packs = plan_packs(plan, inventory, pool.first_group()["max_tokens"], packs.way)

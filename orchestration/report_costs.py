@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.gpus import GB
+from orchestration.durations import duration
 from orchestration.page import table
 from orchestration.placing import cost_text
 from orchestration.results import TrialRecord
@@ -45,15 +46,6 @@ def _time_cells(spent: Spending) -> list[tuple[str, str]]:
             cost_text(dict(spent.planned)) if spent.planned else "",
         ),
     ]
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them: 41.3 s, 12 min 5 s, 3 h 20 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, left = divmod(minutes, 60)
-    return f"{hours} h {left} min" if hours else f"{minutes} min {rest} s"
 
 
 def memory_table(

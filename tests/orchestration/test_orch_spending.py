@@ -8,9 +8,10 @@ import yaml
 
 from orchestration.best_config import best_config, best_yaml
 from orchestration.config import load_config
+from orchestration.durations import duration
 from orchestration.page import MOST_ROWS, folded_table
 from orchestration.placing import placed_plan
-from orchestration.report_costs import duration, memory_table, time_table
+from orchestration.report_costs import memory_table, time_table
 from orchestration.spending import HELD_S, group_memory, held_before, homes_of, spending
 from search_spaces.candidate import Candidate, trial_name
 from tests.orchestration.sweep_records import record
