@@ -14,6 +14,7 @@ from orchestration.live_view import view
 from orchestration.objective import LOSS, Objective
 from orchestration.results import TrialRecord
 from orchestration.trial_states import SweepState, TrialState
+from orchestration.verbosity import is_verbose
 from trainers.terminal import printable
 
 REFRESHES_PER_S = 2
@@ -61,7 +62,8 @@ class Progress:
         )
         # Events come from Tune's loop, and the view is drawn by a thread of rich's.
         self.lock = threading.RLock()
-        self.live = self._live() if self.console.is_terminal else None
+        # Ray writes where it likes: under its output a view would be torn.
+        self.live = self._live() if self.console.is_terminal and not is_verbose() else None
 
     def _live(self) -> Live:
         return Live(
