@@ -1,6 +1,7 @@
-"""Runs `make demo` in a fresh run folder and puts its output and the report's picture into the README.
+"""Runs `make demo` in a fresh run folder and puts its output and the report's pictures, light and dark, into docs.
 
-python docs/update_readme.py        (needs Chromium for the picture)
+python docs/update_readme.py              (needs Chromium for the pictures)
+python docs/update_readme.py REPORT.html  takes the pictures alone, of a report that is there
 
 Of the output the README shows the essential lines: the plan, what is discarded, and the results.
 """
@@ -31,13 +32,24 @@ ESSENTIAL = re.compile(r"demo: |  discarded: ")
 LEFT_OUT = "..."
 
 
-def picture(report: Path, target: Path) -> None:
+PICTURES = {"report.png": [], "report-dark.png": ["--blink-settings=preferredColorScheme=0"]}
+"""Pictures in docs/, and how Chromium is asked for their colour scheme."""
+
+
+def pictures(report: Path) -> None:
+    for name, scheme in PICTURES.items():
+        picture(report, ROOT / "docs" / name, scheme)
+
+
+def picture(report: Path, target: Path, scheme: list[str]) -> None:
     if CHROMIUM is None:
-        sys.exit("docs/update_readme.py needs chromium on the PATH for the report's picture")
+        sys.exit("docs/update_readme.py needs chromium on the PATH for the report's pictures")
     with tempfile.TemporaryDirectory() as profile:
         size = ["--window-size=1100,1280", f"--user-data-dir={profile}", f"--screenshot={target}"]
         subprocess.run(
-            [CHROMIUM, *CHROMIUM_FLAGS, *size, report.as_uri()], check=True, capture_output=True
+            [CHROMIUM, *CHROMIUM_FLAGS, *scheme, *size, report.as_uri()],
+            check=True,
+            capture_output=True,
         )
 
 
@@ -65,12 +77,15 @@ def block_of(output: str) -> str:
 
 
 def main() -> None:
+    if len(sys.argv) > 1:
+        pictures(Path(sys.argv[1]).resolve())
+        return
     done = subprocess.run(["make", "demo"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
     found = re.search(r"^report: (.*)$", done.stdout, flags=re.MULTILINE)
     assert found, done.stdout
-    picture((ROOT / found[1]).resolve(), ROOT / "docs" / "report.png")
+    pictures((ROOT / found[1]).resolve())
     readme = ROOT / "README.md"
     block = block_of(done.stdout)
     text, count = re.subn(

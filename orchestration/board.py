@@ -315,6 +315,11 @@ class Board:
 
     # Places
 
+    def packs(self) -> dict[str, list[str]]:
+        """Group that is ready -> the trials that it holds, in the order in which they came."""
+        ready = {name: group for name, group in self.groups.items() if group.incarnation}
+        return {name: [entry.name for entry in group.trials] for name, group in ready.items()}
+
     def open(self, places: int) -> None:
         """Lets every group hold up to so many trials."""
         self.places = places

@@ -163,6 +163,10 @@ class Broker:
             for name, group in self.board.groups.items()
         }
 
+    async def packs(self) -> dict[str, list[str]]:
+        """See Board.packs."""
+        return self.board.packs()
+
     async def deaths(self) -> dict[str, int]:
         """Worker deaths of each trial that count against it."""
         return {name: entry.blame.deaths for name, entry in self.board.entries.items()}

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orchestration import signals
+from orchestration import bars, signals, verbosity
 from orchestration.cluster_verb import add_cluster_options, run_cluster
 from orchestration.config_verbs import add_config_verbs
 from orchestration.exit_codes import BAD_INPUT, INTERRUPTED
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # pydantic looks for plugins in every installed distribution; Tenfold has none.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     args = _parsed(argv)
-    with signals.handling():
+    with signals.handling(), verbosity.told(getattr(args, "verbose", False)), bars.reading():
         code = signals.exit_code(_ended(args))
     if signals.is_broken_off():
         sys.stdout.flush()
@@ -165,6 +165,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--name", help="folder name under runs/ (default: the first free demo, demo-2, ...)"
     )
     demo.set_defaults(run=_demo)
+    for name in ("sweep", "resume", "study", "demo"):
+        verbs.choices[name].add_argument("--verbose", action="store_true", help=verbosity.FLAG_HELP)
     return parser
 
 

@@ -1,5 +1,6 @@
 """The two ways to run the trials of a sweep: packed on warm workers, or each on workers of its own."""
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -15,14 +16,14 @@ from orchestration.mending import mend
 from orchestration.packs import measured_tokens, measurement, plan_packs, trial_demand
 from orchestration.planning import Plan
 from orchestration.progress import Progress
-from orchestration.results import mark_ended, notes_of
+from orchestration.results import mark_ended, notes_of, read_trial
 from orchestration.rungs import RungLedger
 from orchestration.schedulers import make_scheduler
+from orchestration.spending import HELD_S, held_before, homes_of
 from orchestration.time_limit import TimeLimit
 from orchestration.tracking import make_trackers
 from orchestration.trials import TrialMaker, history, known_names, settle, unended, untold
 from search_spaces.candidate import trial_name
-from trainers.composition import members
 from trainers.mirror import fetch_all_records
 from trainers.paths import RunPaths, read_state, write_state
 from trainers.run_lock import claim_folders
@@ -58,6 +59,7 @@ def train(
         )
         planned = {trial_name(c) for c in plan.pruned.admitted} | set(clone_records(run))
         mend(run, planned, progress.say)
+        progress.known(read_trial(run.trial(name)) for name in known_names(run))
         maker = TrialMaker(plan, demand, packs, run, keep_weights=keep_weights)
         if make_work is None:
             stop_left(run)
@@ -80,11 +82,15 @@ def _packed(inventory: Inventory, progress: Progress, work: "Work") -> None:
     measured = packs.strategy == "zero3" or measured_tokens(plan, demand) is not None
     one_run = plan.config.address is None and not inventory.num_gpus and demand.num_workers == 1
     measure = measurement(plan, demand, recomputed=packs.gradient_checkpointing)
-    with Pool(demand, packs.num_groups, warm, measure, storage, one_run=one_run) as pool:
+    held_s, began = held_before(run), time.monotonic()
+    with (
+        Pool(demand, packs.num_groups, warm, measure, storage, one_run=one_run) as pool,
+        progress.following(pool.packs, packs.num_groups),
+    ):
         progress.note(f"starting {packs.num_groups} worker group(s), loading the base")
         if not measured:  # else Tune's own processes start beside the workers'
             packs = plan_packs(plan, inventory, pool.first_group()["max_tokens"], packs.way)
-        facts = vars(packs)
+        facts = vars(packs) | {HELD_S: held_s}
         write_state(run.packs, facts)
         progress.note(f"{packs.num_groups} group(s) x {packs.places} adapters: {packs.reason}")
         homes = homes_of(run)
@@ -109,6 +115,7 @@ def _packed(inventory: Inventory, progress: Progress, work: "Work") -> None:
                 limit,
                 work.control(progress, pool.cancel, pool.put_ahead),
             )
+        facts |= {HELD_S: round(held_s + time.monotonic() - began, 1)}
         write_state(run.packs, facts | {"groups": pool.groups()})
 
 
@@ -138,12 +145,6 @@ def _limit(work: "Work", inventory: Inventory, num_groups: int, progress: Progre
     num_gpus = num_groups * demand.num_workers * demand.gpus_per_worker
     held = min(num_gpus, inventory.num_gpus)
     return TimeLimit(work.config, held, work.run, progress.say)
-
-
-def homes_of(run: RunPaths) -> dict[str, str]:
-    """Trial -> the worker group that had it last, in the order in which they entered."""
-    files = sorted(run.composition("any").parent.glob("*.jsonl"))
-    return {name: path.stem for path in files for name in members(path)}
 
 
 class Work:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestration.bars import working
 from orchestration.models import config_path, model_shape
 from orchestration.own_folder import require_place
 from orchestration.results import TrialRecord, best_trial, read_trials
@@ -70,7 +71,9 @@ def export(
     temporary = temporary_folder(target)
     try:
         if merge:
-            spoken = _merged_lines(_merge(config, weights, temporary))
+            with working("loading the base, merging and comparing logits"):
+                merged = _merge(config, weights, temporary)
+            spoken = _merged_lines(merged)
         else:
             shutil.copy2(weights / ADAPTER_FILE, temporary / ADAPTER_FILE)
             write_json(temporary / ADAPTER_CONFIG, adapter)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestration.bars import working
 from orchestration.config import SweepConfig
 from orchestration.models import require_weights
 from search_spaces import doctrine
@@ -106,7 +107,8 @@ def base_loss(config: SweepConfig, spec: "DataSpec | None") -> "BaseLoss":
     found = cached_base_loss(spec, base)
     if found is None:
         require_weights(config.model)
-        found = measure_base_loss(spec, base)
+        with working("loading the base and measuring its loss"):
+            found = measure_base_loss(spec, base)
     return found
 
 

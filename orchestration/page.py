@@ -3,9 +3,12 @@
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import plotly.graph_objects as go
 
+MOST_ROWS = 20
+"""Rows that a long table shows at once."""
 STYLE = """
 :root { color-scheme: light dark; --fg: #1c2330; --muted: #5b6575; --line: #d9dee6; --bg: #ffffff;
   --card: #f6f8fa; --good: #1a7f37; --bad: #b42318; --accent: #0b62c4; --warn: #8a5a00; }
@@ -19,7 +22,7 @@ p, li { max-width: 78ch; } .muted { color: var(--muted); } .good { color: var(--
 .bad { color: var(--bad); } .note { color: var(--muted); font-size: 13px; margin: 6px 0 4px; }
 .box { background: var(--card); border: 1px solid var(--line); border-left: 6px solid var(--muted);
   border-radius: 8px; padding: 12px 18px; margin: 18px 0; }
-.box p { margin: 4px 0; } .box p.lead { font-size: 18px; line-height: 1.4; }
+.box p { margin: 6px 0; max-width: none; } .box p.lead { font-size: 18px; line-height: 1.4; }
 .box b.label { text-transform: uppercase; letter-spacing: 0.06em; font-size: 12.5px; }
 .box.good { border-left-color: var(--good); } .box.bad { border-left-color: var(--bad); }
 .box.warn { border-left-color: var(--warn); } .box.accent { border-left-color: var(--accent); }
@@ -34,12 +37,14 @@ table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { text-align: left; padding: 6px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--muted); font-weight: 600; white-space: nowrap; }
 td.num, th.num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.name { white-space: nowrap; }
 tr.chosen td { background: var(--card); font-weight: 600; }
 tr:is(.good, .bad) { color: inherit; } tr.good td:first-child { box-shadow: inset 3px 0 var(--good); }
 tr.bad td:first-child { box-shadow: inset 3px 0 var(--bad); }
 tr.warn td:first-child { box-shadow: inset 3px 0 var(--warn); }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: 12px 16px; overflow-x: auto; overflow-wrap: normal; }
+pre.copy { user-select: all; -webkit-user-select: all; }
 summary { cursor: pointer; font-weight: 600; margin: 8px 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 12px; }
 .chart { min-width: 0; overflow: hidden; border: 1px solid var(--line); border-radius: 8px; padding: 6px; margin: 0; }
@@ -51,8 +56,9 @@ summary { cursor: pointer; font-weight: 600; margin: 8px 0; }
 .wide { grid-column: 1 / -1; }
 @media print { body { max-width: none; padding: 0; } .chart, .box, .tile, tr { break-inside: avoid; }
   .charts { display: block; } .chart { margin-bottom: 12px; } .scroll, pre { overflow: visible; }
-  pre { white-space: pre-wrap; } table { font-size: 10px; } th { white-space: normal; }
-  th, td { padding: 3px 5px; } h2 { break-after: avoid; } .box, .tile { print-color-adjust: exact; } }
+  pre, td.name { white-space: pre-wrap; } td.name { overflow-wrap: anywhere; } table { font-size: 9px; }
+  th { white-space: normal; } th, td { padding: 3px 4px; } h2 { break-after: avoid; }
+  .box, .tile { print-color-adjust: exact; } }
 """
 
 # The first chart is drawn before the grid has its other cells: each takes its cell's size at the end.
@@ -62,6 +68,7 @@ const plots = () => document.querySelectorAll('.js-plotly-plot');
 const resize = () => { for (const plot of plots()) Plotly.Plots.resize(plot); };
 resize();
 addEventListener('beforeprint', () => {
+  for (const folded of document.querySelectorAll('details')) folded.open = true;
   for (const plot of plots()) Plotly.relayout(plot, {width: 660});
 });
 addEventListener('afterprint', () => {
@@ -69,6 +76,11 @@ addEventListener('afterprint', () => {
   resize();
 });
 """
+
+
+Header = tuple[str, bool | Literal["name"]]
+"""Title of a column, and whether it holds numbers, or names that are kept on a line."""
+CELL = {False: "", True: " class=num", "name": " class=name"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,23 +119,21 @@ def tiles(items: Sequence[tuple[str, str]]) -> str:
 
 
 def table(
-    headers: Sequence[tuple[str, bool]],
+    headers: Sequence[Header],
     rows: Sequence[tuple[str, Sequence[str]]],
     *,
     note: str = "",
 ) -> str:
     """A table in a container of its own that scrolls when it is too wide.
 
-    Args: headers: (title, is a number). rows: (css class, cells). note: a line under it.
+    Args: rows: (css class, cells). note: a line under it.
     """
-    head = "".join(
-        f"<th{' class=num' if num else ''}>{html.escape(title)}</th>" for title, num in headers
-    )
+    head = "".join(f"<th{CELL[kind]}>{html.escape(title)}</th>" for title, kind in headers)
     body = "".join(
         f"<tr class='{css}'>"
         + "".join(
-            f"<td{' class=num' if num else ''}>{html.escape(cell)}</td>"
-            for cell, (_, num) in zip(cells, headers, strict=True)
+            f"<td{CELL[kind]}>{html.escape(cell)}</td>"
+            for cell, (_, kind) in zip(cells, headers, strict=True)
         )
         + "</tr>"
         for css, cells in rows
@@ -133,6 +143,15 @@ def table(
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         f"{below}"
     )
+
+
+def folded_table(headers: Sequence[Header], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """A table whose rows after the first MOST_ROWS are folded away; a click, or a printer, shows them."""
+    first, rest = rows[:MOST_ROWS], rows[MOST_ROWS:]
+    if len(rest) <= MOST_ROWS // 4:
+        return table(headers, rows)
+    summary = f"<summary>{len(rest):,} more</summary>"
+    return f"{table(headers, first)}<details>{summary}{table(headers, rest)}</details>"
 
 
 def charts(cards: Sequence[Card]) -> str:

@@ -241,6 +241,17 @@ class Pool:
                 "the broker between trials and workers has died; `tenfold resume` goes on from the last checkpoints"
             ) from error
 
+    def packs(self) -> dict[str, list[str]]:
+        """Group that is ready -> the trials that share its forwards now; nothing where the broker does not answer,
+        which whoever waits for it says."""
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            return ray.get(self.broker.packs.remote(), timeout=LOOK_S)
+        except RayError:
+            return {}
+
     def first_group(self) -> dict[str, Any]:
         """Waits for the first group that is ready; the others come when they come.
 

@@ -4,6 +4,7 @@ and write results."""
 import difflib
 import importlib.metadata
 import platform
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -269,6 +270,8 @@ def _progress(plan: Plan, as_json: dict[str, Any], console: Console) -> Progress
         console,
         num_trials,
         objective_named(judge_of(plan.config).key),
+        eval_every=plan.budget.eval_every,
+        discarded=Counter(item["rule"] for item in as_json["discarded"]),
     )
 
 

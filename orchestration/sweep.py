@@ -16,6 +16,7 @@ from orchestration.mending import choose
 from orchestration.results import TrialRecord
 from orchestration.runtime_env import host_and_port, worker_environment
 from orchestration.serving import ADAPTER_CONFIG, portable_config
+from orchestration.verbosity import is_verbose, ray_options, tune_level
 from trainers.integrity import seal_folder
 from trainers.paths import (
     RunPaths,
@@ -96,11 +97,7 @@ def start_ray(address: str | None) -> None:
         return
     # A thread that asks Ray for something after its end would start another, one of Ray's own choice.
     auto_init_hook.enable_auto_connect = False
-    options: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": "error",
-        "configure_logging": True,
-    }
+    options = ray_options()
     if address is None:
         _start_local(options | begin_alone())
         return
@@ -236,7 +233,8 @@ def run_trials(
     from ray.tune import TuneError
 
     # A trial's failure is told in a line and kept in error.txt; Tune would print its traceback as well.
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    if not is_verbose():
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     tuner = _tuner(trainable, searcher, scheduler, run, max_concurrent, callback, stopper)
     try:
         with signals.ended_by_tune():
@@ -285,7 +283,7 @@ def _tuner(
             # What a trial is lies in its own folder; a thin trial's actor has nothing to save.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=ACTOR_FAILURES),
-            verbose=0,
+            verbose=tune_level(),
         ),
     )
 

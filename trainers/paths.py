@@ -138,6 +138,11 @@ class RunPaths:
         return self.root / "report.html"
 
     @property
+    def rerun(self) -> Path:
+        """A sweep of the chosen candidate alone."""
+        return self.root / "best.yaml"
+
+    @property
     def trials(self) -> Path:
         return self.root / "trials"
 

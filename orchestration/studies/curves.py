@@ -36,14 +36,14 @@ LANE_PIXELS = 18
 def has_curves(arms: Sequence[dict[str, Any]]) -> bool:
     """Whether any run has ended in a way that the chart shows."""
     points = [point for arm in arms for point in arm["points"]]
-    return any(point["status"] in ("finished", "diverged") for point in points)
+    return any(point["status"] in ("finished", "stopped", "diverged") for point in points)
 
 
 def loss_range(arms: Sequence[dict[str, Any]]) -> tuple[float, float]:
     """The losses between which the curves are drawn, in nats/token: from the best to the base's, or
     to where near-diverged runs begin (farther above the best than twice the 75% quantile), but never
     below any arm's best."""
-    losses = sorted(point["eval_loss"] for arm in arms for point in finished(arm))
+    losses = sorted(point["eval_loss"] for arm in arms for point in scored(arm))
     if not losses:
         return 0.0, 1.0
     best = losses[0]
@@ -52,7 +52,7 @@ def loss_range(arms: Sequence[dict[str, Any]]) -> tuple[float, float]:
     base = base_loss(arms)
     if base is not None and base > best:
         top = min(top, base + 0.02 * (base - best))
-    worst_best = max(min(p["eval_loss"] for p in finished(arm)) for arm in arms if finished(arm))
+    worst_best = max(min(p["eval_loss"] for p in scored(arm)) for arm in arms if scored(arm))
     top = max(top, worst_best + 0.25 * (worst_best - best))
     height = top - best or abs(best) * 0.01 or 0.01
     return best - 0.06 * height, top + 0.06 * height
@@ -60,7 +60,13 @@ def loss_range(arms: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 def finished(arm: dict[str, Any]) -> list[dict[str, Any]]:
     """The arm's runs that have a loss to compare."""
-    return [p for p in arm["points"] if p["status"] == "finished" and p["eval_loss"] is not None]
+    return [p for p in scored(arm) if p["status"] == "finished"]
+
+
+def scored(arm: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arm's runs that have a loss to show; those that were stopped early are shown, and not compared."""
+    shown = ("finished", "stopped")
+    return [p for p in arm["points"] if p["status"] in shown and p["eval_loss"] is not None]
 
 
 def base_loss(arms: Sequence[dict[str, Any]]) -> float | None:
@@ -74,11 +80,11 @@ def curve_note(arms: Sequence[dict[str, Any]], score: Objective = LOSS) -> str:
     points = [point for arm in arms for point in arm["points"]]
     count = {s: sum(p["status"] == s for p in points) for s in ("diverged", "failed", "unfinished")}
     _, top = loss_range(arms)
-    above = sum(p["eval_loss"] > top for arm in arms for p in finished(arm))
+    above = sum(p["eval_loss"] > top for arm in arms for p in scored(arm))
     parts = []
     if above:
         parts.append(
-            f"{counted(above, 'finished run')} with a {score.noun} {_beyond(score)} {score.of(top):.3f}: triangles at "
+            f"{counted(above, 'run')} with a {score.noun} {_beyond(score)} {score.of(top):.3f}: triangles at "
             f"the {_edge(score)}."
         )
     if count["diverged"]:
@@ -86,7 +92,7 @@ def curve_note(arms: Sequence[dict[str, Any]], score: Objective = LOSS) -> str:
             f"{counted(count['diverged'], 'run')} diverged: crosses at the {_edge(score)}."
         )
     if above or count["diverged"]:
-        parts.append("There, each arm has a row and the seeds lie side by side.")
+        parts.append("There, each colour has a row, in which seeds lie side by side.")
     for status in ("failed", "unfinished"):
         if count[status]:
             parts.append(f"{counted(count[status], f'{status} run')} not drawn.")
@@ -154,7 +160,7 @@ def _add_arm(
         showlegend=False,
         hoverinfo="skip",
     )
-    inside = [point for point in finished(arm) if point["eval_loss"] <= top]
+    inside = [point for point in scored(arm) if point["eval_loss"] <= top]
     figure.add_scatter(
         x=[point["learning_rate"] for point in inside],
         y=[score.of(point["eval_loss"]) for point in inside],
@@ -168,7 +174,8 @@ def _add_arm(
             "color": color,
             "size": 8,
             "opacity": 0.8,
-            "symbol": [_symbol(point["seed"], seeds) for point in inside],
+            "symbol": [_symbol_of(point, seeds) for point in inside],
+            "line": {"width": [0 if p["status"] == "finished" else 1.6 for p in inside]},
         },
     )
     # The arm's own place in the legend: always there, even if all its runs diverged.
@@ -246,7 +253,7 @@ def _add_lane(
     of rows added (0 or 1). span: decades of the x axis."""
     marks = [p for p in arm["points"] if p["status"] == "diverged"]
     num_diverged = len(marks)
-    marks += [point for point in finished(arm) if point["eval_loss"] > top]
+    marks += [point for point in scored(arm) if point["eval_loss"] > top]
     if not marks:
         return 0
     # Side by side, within a fifth of a decade: points of one rate would hide each other.
@@ -322,15 +329,21 @@ def _add_keys(
     marks: list[tuple[str, dict[str, Any]]] = []
     if 1 < len(seeds) <= len(SEED_SYMBOLS):
         marks += [(f"seed {seed}", {"symbol": _symbol(seed, seeds), "size": 8}) for seed in seeds]
-    if any(arm["fit"] for arm in arms):
-        marks.append(("best rate, 95% interval", {"symbol": "diamond", "size": 12}))
+    fits = [arm["fit"] for arm in arms if arm["fit"]]
+    if fits:
+        known = any(fit["low"] is not None for fit in fits)
+        name = f"best rate{', 95% interval' if known else ' by the fit'}"
+        marks.append((name, {"symbol": "diamond", "size": 12}))
+    if any(point["status"] == "stopped" for arm in arms for point in scored(arm)):
+        stopped = {"symbol": f"{SEED_SYMBOLS[0]}-open", "size": 8, "line": {"width": 1.6}}
+        marks.append(("stopped early", stopped))
     if any(point["status"] == "diverged" for arm in arms for point in arm["points"]):
         marks.append(("diverged", {"symbol": "x", "size": 8}))
-    if any(point["eval_loss"] > top for arm in arms for point in finished(arm)):
+    if any(point["eval_loss"] > top for arm in arms for point in scored(arm)):
         outside = {"symbol": _triangle(score), "size": 8, "line": {"width": 1.6}}
         marks.append((f"{score.noun} {_beyond(score)} the chart", outside))
-    lines = [("mean of the seeds", 1.2, 1.0)]
-    lines += [("fitted parabola", 4, 0.4)] if any(arm["fit"] for arm in arms) else []
+    lines = [("mean of the seeds", 1.2, 1.0)] if len(seeds) > 1 else []
+    lines += [("fitted parabola", 4, 0.4)] if fits else []
     for name, marker in marks:
         figure.add_scatter(
             x=[None], y=[None], mode="markers", name=name, marker=marker | {"color": GREY}
@@ -344,9 +357,13 @@ def _symbol(seed: int, seeds: Sequence[int]) -> str:
     return SEED_SYMBOLS[seeds.index(seed) % len(SEED_SYMBOLS)]
 
 
+def _symbol_of(point: dict[str, Any], seeds: Sequence[int]) -> str:
+    return _symbol(point["seed"], seeds) + ("" if point["status"] == "finished" else "-open")
+
+
 def _hover(label: str, point: dict[str, Any], score: Objective) -> str:
-    is_finished = point["status"] == "finished"
-    loss = f"{score.key} {score.text(point['eval_loss'])}" if is_finished else "diverged"
+    has_loss = point["status"] in ("finished", "stopped")
+    loss = f"{score.key} {score.text(point['eval_loss'])}" if has_loss else "diverged"
     lines = [f"<b>{label}</b>", f"learning rate {rate_text(point['learning_rate'])}"]
     lines += [f"seed {point['seed']}", loss, escaped(point["reason"] or "")]
     return "<br>".join(line for line in lines if line)
@@ -356,11 +373,18 @@ def _fit_hover(arm: dict[str, Any], score: Objective) -> str:
     fit = arm["fit"]
     lines = [
         f"<b>{escaped(arm['label'])}</b>: best learning rate {rate_text(fit['learning_rate'])}",
-        f"95% interval {rate_text(fit['low'])} to {rate_text(fit['high'])}",
+        interval_text(fit) and f"95% interval {interval_text(fit)}",
         f"within {fit['tolerance_frac']:.1%} of the best {score.noun}: {tolerance_text(fit)}",
         f"{score.noun} there {score.text(fit['loss'])}",
     ]
-    return "<br>".join(lines)
+    return "<br>".join(filter(None, lines))
+
+
+def interval_text(fit: dict[str, Any]) -> str:
+    """The 95% interval of the best learning rate; empty where one seed was run, which gives none."""
+    if fit["low"] is None:
+        return ""
+    return f"{rate_text(fit['low'])} to {rate_text(fit['high'])}"
 
 
 def tolerance_text(fit: dict[str, Any]) -> str:

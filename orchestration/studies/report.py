@@ -11,7 +11,7 @@ from orchestration.studies.axes import rate_text
 from orchestration.studies.canvas import counted
 from orchestration.studies.charts import cards, score_of
 from orchestration.studies.csv_table import write_csv
-from orchestration.studies.curves import base_loss, finished, tolerance_text
+from orchestration.studies.curves import base_loss, finished, interval_text, tolerance_text
 from trainers.paths import read_json, write_text
 
 BOX_OF_VERDICT = {
@@ -157,9 +157,8 @@ def _arm_cells(arm: dict[str, Any], score: Objective) -> list[str]:
     fit, points = arm["fit"], arm["points"]
     settled = ["unsettled" if arm["unsettled"] else "", "", "", ""]
     if fit:
-        interval = f"{rate_text(fit['low'])} to {rate_text(fit['high'])}"
         rate = rate_text(fit["learning_rate"])
-        settled = [rate, interval, tolerance_text(fit), score.text(fit["loss"])]
+        settled = [rate, interval_text(fit), tolerance_text(fit), score.text(fit["loss"])]
     ended = [str(sum(p["status"] == status for p in points)) for status in ("finished", "diverged")]
     seeds = str(len({point["seed"] for point in points}))
     return [arm["label"], f"{arm['trained_params']:,}", *settled, seeds, *ended]

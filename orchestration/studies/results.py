@@ -3,6 +3,7 @@
 from typing import Any
 
 from orchestration.config import SweepConfig
+from orchestration.lr_curves import fit_dict
 from orchestration.planning import Plan
 from orchestration.results import TrialRecord
 from orchestration.studies.agenda import records_of
@@ -44,7 +45,6 @@ def model_facts(config: SweepConfig, shape: ModelShape) -> dict[str, Any]:
 def arm_dict(arm: Arm, compared: Comparison) -> dict[str, Any]:
     """An arm with its points and its fit."""
     found, template = compared.optimum(arm), arm.template
-    tolerance_frac = compared.config.tolerance_frac
     return {
         "label": arm.label,
         "method": "full" if arm.full_finetune else "lora",
@@ -54,7 +54,7 @@ def arm_dict(arm: Arm, compared: Comparison) -> dict[str, Any]:
         "global_batch_size": template.global_batch_size,
         "trained_params": arm.trained_params,
         "points": [_point(record) for record in records_of(arm, compared.records)],
-        "fit": _fit(found, tolerance_frac) if isinstance(found, ArmOptimum) else None,
+        "fit": fit_dict(found) if isinstance(found, ArmOptimum) else None,
         "unsettled": found.reason if isinstance(found, Unsettled) else None,
     }
 
@@ -73,20 +73,6 @@ def _point(record: TrialRecord) -> dict[str, Any]:
             for key in ("examples", "steps", "loss_tokens", "seconds", "peak_bytes")
         },
         "trial": record.name,
-    }
-
-
-def _fit(found: ArmOptimum, tolerance_frac: float) -> dict[str, Any]:
-    keys = ("learning_rate", "loss", "low", "high", "tolerance_low", "tolerance_high")
-    parabola = found.parabola
-    return {
-        **{key: getattr(found, key) for key in (*keys, "open_low", "open_high")},
-        "tolerance_frac": tolerance_frac,
-        "parabola": {
-            "log10_lr": parabola.log10_lr,
-            "loss": parabola.loss,
-            "curvature": parabola.curvature,
-        },
     }
 
 

@@ -22,8 +22,18 @@ OPTIONS = (
 
 def dom_of(page: Path) -> str:
     """The document after the page's scripts ran."""
-    command = [str(CHROMIUM), *OPTIONS, f"--user-data-dir={page.parent / 'chrome'}", "--dump-dom"]
+    return opened(page)[0]
+
+
+def opened(page: Path, *, dark: bool = False) -> tuple[str, list[str]]:
+    """The document after the page's scripts ran, and what it wrote to the console."""
+    scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
+    command = [str(CHROMIUM), *OPTIONS, *scheme, f"--user-data-dir={page.parent / 'chrome'}"]
     done = subprocess.run(
-        [*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [*command, "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
-    return done.stdout
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -14,7 +14,6 @@ from rich.console import Console
 from orchestration import run as run_module
 from orchestration.cli import EXIT_CODES, build_parser, main
 from orchestration.demo import demo_config, free_name
-from orchestration.progress import Progress
 from orchestration.results import TrialRecord
 from orchestration.results_table import show_results
 from tests.orchestration.sweeps import candidate_dict
@@ -107,22 +106,6 @@ def test_show_results_without_a_best_says_so(tmp_path):
     out = printed(lambda console: show_results([bad], None, RunPaths(tmp_path), 0, console))
     assert "no trial ended with a usable score" in out
     assert "train_loss nan at step 3" in out
-
-
-def test_progress_prints_one_line_per_event_and_counts_the_ended():
-    stream = io.StringIO()
-    with Progress(["a", "b"], 3, 64, Console(file=stream, width=200)) as progress:
-        progress.started("a")
-        progress.reported("a", {"examples": 16, "eval_loss": 2.5})
-        progress.ended("a", "failed", "[/x] broke")
-    lines = [line.split("] ", 1)[1] for line in stream.getvalue().splitlines()]
-    assert lines == [
-        "a: starting",
-        "a: 16/64 examples, eval_loss 2.5000",
-        "a: failed ([/x] broke)",
-    ]
-    table = " ".join(printed(lambda console: console.print(progress.table())).split())
-    assert "1/2 trials ended, 3 candidates discarded, best eval_loss 2.5000" in table
 
 
 def test_main_interrupted_gives_130(write_sweep, capsys, monkeypatch):

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from orchestration.charts import learning_curves, lr_loss_chart, policy_curves
 from orchestration.cli import main
 from orchestration.config import ConfigError, local_inputs, make_config
 from orchestration.objective import LOSS, REWARD, objective_of
@@ -16,6 +15,7 @@ from orchestration.results import TrialRecord, best_trial
 from orchestration.results_table import show_results
 from orchestration.run import require_same_plan
 from orchestration.show import show_plan
+from orchestration.sweep_charts import cards
 from search_spaces import doctrine
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import grid_candidates
@@ -199,14 +199,19 @@ def test_results_table_shows_rewards_and_not_losses(tmp_path, capsys):
     assert "eval_loss" not in text
 
 
-def test_charts_show_rewards_by_learning_rate_rank_and_episodes():
-    by_rate = lr_loss_chart(RECORDS)
-    assert [list(trace.y) for trace in by_rate.data] == [[0.9], [0.3]]
+def test_charts_show_rewards_by_learning_rate_rank_and_episodes(planned):
+    plan = json.loads(json.dumps(plan_to_dict(planned())))
+    drawn = {card.heading: card.figure for card in cards(plan, RECORDS)}
+    by_rate = drawn["Best eval_reward by learning rate"]
+    assert sorted(y for trace in by_rate.data if trace.mode == "markers" for y in trace.y if y) == [
+        0.3,
+        0.9,
+    ]
     assert by_rate.layout.yaxis.title.text == REWARD.title
-    curves = learning_curves(RECORDS)
+    curves = drawn["Learning curves"]
     assert list(curves.data[0].x) == [0, 128, 256]
     assert list(curves.data[0].y) == [0.1, 0.5, 0.9]
-    kl = policy_curves(RECORDS, "kl", "nats/token", "KL")
+    kl = next(figure for heading, figure in drawn.items() if heading.startswith("Divergence"))
     assert list(kl.data[1].y) == pytest.approx([0, 0.1, 0.2])
 
 

@@ -44,7 +44,7 @@ def test_curve_chart_marks_every_diverged_run_and_every_finished_one_once():
     inside = [y for t in curves.data if t.mode == "markers" and t.yaxis != "y2" for y in t.y]
     drawn = sorted(y for y in inside if y is not None)
     assert drawn == sorted(p["eval_loss"] for p in ended if p["eval_loss"] <= top)
-    assert f"{len(above)} finished runs" in cards(results)[0].note
+    assert f"{len(above)} runs" in cards(results)[0].note
     assert "22 runs diverged" in cards(results)[0].note
 
 

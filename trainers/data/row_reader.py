@@ -1,6 +1,6 @@
 """The normalised rows of a source, in order, with the shape of each of its files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from trainers.data.reading_progress import ReadingProgress
@@ -27,6 +27,14 @@ class RowReader:
             names = ", ".join(path.name for path in source.ignored)
             self.tally.note(f"not read, as they belong to other splits: {names}")
         progress = ReadingProgress()
+        try:
+            yield from self._rows(source, progress, column_map)
+        finally:
+            progress.done()
+
+    def _rows(
+        self, source: Source, progress: ReadingProgress, column_map: Mapping[str, str]
+    ) -> Iterator[tuple[Row, Origin]]:
         for record in read_records(source, wanted_columns(column_map), self.bad):
             progress.saw(record.origin.path)
             shape = self._shapes.get(record.origin.path)
