@@ -119,6 +119,7 @@ def _solo(inventory: Inventory, progress: Progress, work: "Work") -> None:
         max_concurrent_trials(demand, inventory),
         partial(Ledger, run, progress),
         work.control(progress),
+        reuse_actors=False,
     )
 
 
@@ -157,6 +158,8 @@ class Work:
         max_concurrent: int,
         make_ledger: Callable[..., Ledger],
         control: Control | None = None,
+        *,
+        reuse_actors: bool = True,
     ) -> None:
         """Runs what is left to its ends, with trials that Tune gave up before they began once more.
 
@@ -165,6 +168,7 @@ class Work:
             make_ledger: is given the trackers, how many notes of each trial were said before, and what of control it
                 needs.
             control: obeys what is asked of the sweep meanwhile; None: nothing can be.
+            reuse_actors: see sweep.run_trials.
         """
         trackers = make_trackers(list(self.config.tracking), self.plan.name, self.run)
         never_began: list[str] = []
@@ -182,6 +186,7 @@ class Work:
                 self.run,
                 max_concurrent=max_concurrent + (control.beside if control else 0),
                 callback=ledger,
+                reuse_actors=reuse_actors,
             )
             self.look()
             never_began = ledger.never_began
