@@ -37,8 +37,7 @@ class Entry:
     group: str | None = None
     home: str | None = None
     """The group whose forwards it shared last: there they can be done again alike (trainers/replay.py)."""
-    ahead: bool = False
-    """Whether it waits before all that were planned (a clone, see live_searcher.py)."""
+    ahead: bool = False  # of all that were planned: a clone, see live_searcher.py
     blame: Blame = field(default_factory=Blame)
 
     @property
@@ -123,8 +122,8 @@ class Board:
     def put_ahead(self, trial: dict[str, Any]) -> None:
         """Puts a new trial before those that wait by the plan, behind those that were put there before it."""
         entry = self.entries[trial["name"]] = Entry(trial, 0, ahead=True)
-        first = (e.ahead or bool(e.blame.cohort) for e in self.queue)
-        self.queue.insert(sum(1 for _ in itertools.takewhile(bool, first)), entry)
+        first = itertools.takewhile(lambda e: e.ahead or e.blame.cohort, self.queue)
+        self.queue.insert(len(list(first)), entry)
         self._assign()
 
     # What trials say
@@ -163,10 +162,9 @@ class Board:
     def cancel(self, name: str, reason: str = BY_SCHEDULER) -> None:
         """A trial was ended from outside; its place is free at once."""
         entry = self.entries.get(name)
-        if entry is None or entry.ended is not None:
-            return
-        entry.ended = {"status": "stopped", "reason": reason}
-        self._withdraw(entry)
+        if entry is not None and entry.ended is None:
+            entry.ended = {"status": "stopped", "reason": reason}
+            self._withdraw(entry)
 
     def put_off(self, name: str) -> None:
         """A trial has nobody who will ask for its next evaluation: it would hold its place for ever. It

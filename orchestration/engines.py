@@ -136,6 +136,7 @@ def _solo(inventory: Inventory, progress: Progress, work: "Work") -> None:
             make_ledger,
             limit,
             work.control(progress),
+            reuse_actors=False,
         )
 
 
@@ -205,6 +206,8 @@ class Work:
         make_ledger: Callable[..., Ledger],
         limit: TimeLimit,
         control: Control | None = None,
+        *,
+        reuse_actors: bool = True,
     ) -> None:
         """Runs what is left to its ends, with trials that Tune gave up before they began once more.
 
@@ -213,6 +216,7 @@ class Work:
             make_ledger: is given the trackers, how many notes of each trial were said before, and what of control it
                 needs.
             control: obeys what is asked of the sweep meanwhile; None: nothing can be.
+            reuse_actors: see sweep.run_trials.
         """
         trackers = make_trackers(list(self.config.tracking), self.plan.name, self.run)
         never_began: list[str] = []
@@ -231,6 +235,7 @@ class Work:
                 max_concurrent=max_concurrent + (control.beside if control else 0),
                 callback=ledger,
                 stopper=limit,
+                reuse_actors=reuse_actors,
             )
             limit.keep()
             self.look()

@@ -217,6 +217,7 @@ def run_trials(
     max_concurrent: int,
     callback: Any,
     stopper: Any = None,
+    reuse_actors: bool = True,
 ) -> None:
     """Runs what a searcher suggests to its ends on the connected cluster.
 
@@ -225,6 +226,8 @@ def run_trials(
         max_concurrent: trials at once.
         callback: the sweep's ledger.Ledger.
         stopper: a ray.tune.Stopper; None: the trials alone decide.
+        reuse_actors: the process of a trial that was stopped serves another. Not where it waits for workers of its
+            own: they would hold their CPUs as long as it lives.
 
     Raises:
         ValueError: what the callback's check raised, or storage that takes nothing more.
@@ -235,7 +238,16 @@ def run_trials(
     # A trial's failure is told in a line and kept in error.txt; Tune would print its traceback as well.
     if not is_verbose():
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    tuner = _tuner(trainable, searcher, scheduler, run, max_concurrent, callback, stopper)
+    tuner = _tuner(
+        trainable,
+        searcher,
+        scheduler,
+        run,
+        max_concurrent,
+        callback,
+        stopper,
+        reuse_actors=reuse_actors,
+    )
     try:
         with signals.ended_by_tune():
             tuner.fit()
@@ -257,6 +269,8 @@ def _tuner(
     max_concurrent: int,
     callback: Any,
     stopper: Any,
+    *,
+    reuse_actors: bool,
 ) -> Any:
     from ray import tune
 
@@ -272,7 +286,7 @@ def _tuner(
             scheduler=scheduler,
             num_samples=-1,
             max_concurrent_trials=max_concurrent,
-            reuse_actors=True,
+            reuse_actors=reuse_actors,
             trial_dirname_creator=lambda trial: trial.config["trial"]["name"],
         ),
         run_config=tune.RunConfig(
