@@ -42,6 +42,7 @@ VARIABLES = {
     "TENFOLD_CACHE": "folder of tokenized data and measurements (default: `~/.cache/tenfold`)",
     "TENFOLD_GROUP_WAIT_S": "seconds after which a worker group that got no workers is given up (default: 600)",
     "TENFOLD_HANG_S": "seconds of silence after which a worker group is ended and started again (default: 1,800)",
+    "TENFOLD_VERBOSE": "`1`: as `--verbose`, Ray's own output",
     "HF_TOKEN": "for gated models and data of the Hugging Face hub (or `hf auth login`)",
     "HF_ENDPOINT, HF_HUB_OFFLINE": "another hub, or none; they reach the workers",
     "WANDB_API_KEY, WANDB_MODE, WANDB_PROJECT": "of `tracking: wandb`; without a key runs are written offline",

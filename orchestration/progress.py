@@ -93,7 +93,7 @@ class Progress:
         """Shows, on a terminal, which worker groups are ready and which trials share one.
 
         Args:
-            look: asks them; what it raises ends the looking, as whoever waits for the groups says why.
+            look: asks them; it gives nothing where they do not answer.
         """
         if self.live is None:
             yield

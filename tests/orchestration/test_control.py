@@ -204,7 +204,7 @@ def test_clone_is_taken_up_counted_and_kept(sweep):
     driver = Driver(sweep)
     (answer,) = driver.obeys(sweep)
     assert driver.given.added == [answer.trial]
-    assert driver.progress.num_trials == 3
+    assert driver.progress.state.num_trials == 3
     record = clone_records(sweep.paths)[answer.trial]
     assert (record["of"], record["command"]) == (of, command.id)
     config = read_state(sweep.paths.trial(answer.trial).config)

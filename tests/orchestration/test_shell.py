@@ -145,7 +145,7 @@ def test_live_table_and_lines_of_a_sweep_have_no_colour_where_none_is_wanted(
     console = PlainConsole()
     with Progress(["a", "b"], 3, 64, console) as progress:
         console.print("a line", style="bold red")
-        progress.console.print(progress.table())
+        progress.console.print(progress.view())
     assert "a line" in stream.getvalue()
     assert not re.search(r"\x1b\[(\d;)*(3\d|4\d|9\d|10\d)", stream.getvalue())
     assert variables != {"TERM": "dumb"} or "\x1b" not in stream.getvalue()
