@@ -272,8 +272,8 @@ def _seed_advice(found: Found) -> str:
         return "compare it with other learning rates before you trust it"
     if noise is None:
         return (
-            "run the best and the second on other seeds before you believe their order; the adapter in best/ can be "
-            "used"
+            "run the best and the second on other seeds (confirm: 3) before you believe their order; the adapter in "
+            "best/ can be used"
         )
     if second.best_loss - found.best.best_loss <= SURE * noise:
         return "take the cheaper of the two, or run both on more seeds"
