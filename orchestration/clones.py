@@ -83,7 +83,7 @@ def _checked(key: str, value: Any) -> Any:
     return check_value(key, value)
 
 
-class Judge:
+class Admission:
     """Says of a candidate whether a sweep that was planned can have it, from what is on disk.
 
     Args:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from orchestration.clones import Judge, clone_records, record_clone
+from orchestration.clones import Admission, clone_records, record_clone
 from orchestration.commands import (
     Answer,
     Command,
@@ -137,7 +137,7 @@ class Control:
                 "seeds already; begin a new run"
             )
         saved = saved_sweep(self.run, shown(self.run.root))
-        candidate = Judge(saved, shown(self.run.root)).clone(command.trial, command.changes)
+        candidate = Admission(saved, shown(self.run.root)).clone(command.trial, command.changes)
         record_clone(self.run, candidate, command)
         trial = self.maker.write(candidate)
         self.progress.added(trial["name"])

@@ -8,13 +8,16 @@ from orchestration.forgetting import KEY as RETENTION
 from orchestration.results import TrialRecord, best_trial, read_trials
 from trainers.paths import RunPaths
 
+OF_BEST = ("examples", "steps", "eval_loss", "eval_bits_per_byte", RETENTION)
+"""Keys of a trial's best evaluation that are columns of their own."""
+
 
 def results_frame(run: RunPaths) -> pd.DataFrame:
     """A row for each trial that has begun or may, best first, by name.
 
-    Columns: the candidate's keys, scale; status, reason, is_best, clone_of; score (eval_loss, or eval_reward of
-    reinforcement learning) and what else its best evaluation has: examples, steps, eval_bits_per_byte, retention_loss;
-    base_score; examples_seen and seconds at its last evaluation. What a trial does not have is missing (NaN).
+    Columns: the candidate's keys, scale; status, reason, is_best, clone_of, repeats (the trial that it confirms on
+    another seed); score, by which trials are judged, and what else its best evaluation has: OF_BEST; base_score;
+    examples_seen and seconds at its last evaluation. What a trial does not have is missing (NaN).
     """
     records = read_trials(run)
     best = best_trial(records)
@@ -30,9 +33,9 @@ def _row(record: TrialRecord) -> dict[str, Any]:
     row |= {"variant": record.settings.variant, "scale": record.settings.scale}
     row |= {"status": record.status, "reason": record.reason, "clone_of": record.clone_of}
     base = record.base_loss
-    row |= {"score": score.of(top["eval_loss"]) if top else None}
+    row |= {"score": score.of(record.best_loss) if top else None, "repeats": record.repeats}
     row |= {"base_score": None if base is None else score.of(base)}
-    row |= {key: top.get(key) for key in ("examples", "steps", "eval_bits_per_byte", RETENTION)}
+    row |= {key: top.get(key) for key in OF_BEST}
     return row | {"examples_seen": last.get("examples", 0), "seconds": last.get("seconds", 0.0)}
 
 

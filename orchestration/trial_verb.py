@@ -4,7 +4,7 @@ neither torch nor ray."""
 from collections.abc import Mapping
 from typing import Any
 
-from orchestration.clones import Judge, checked_changes
+from orchestration.clones import Admission, checked_changes
 from orchestration.commands import Answer, Command, post, wait_for_answer
 from orchestration.own_folder import require_no_way_out, require_own
 from orchestration.results import read_trial
@@ -53,7 +53,7 @@ def clone_trial(place: str, trial: str, changes: Mapping[str, Any]) -> tuple[str
     saved = _asked_of(place)
     name = trial_named(saved.trials, trial, place)
     checked = checked_changes(changes)
-    judge = Judge(saved, place)
+    judge = Admission(saved, place)
     candidate = judge.clone(name, checked)
     command = post(saved.run, "clone", name, checked)
     new = trial_name(candidate)

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from orchestration import cli
-from orchestration.clones import Judge, checked_changes, clone_records, clones_of, parsed_changes
+from orchestration.clones import (
+    Admission,
+    checked_changes,
+    clone_records,
+    clones_of,
+    parsed_changes,
+)
 from orchestration.commands import Answer, answered, commands_of, post, unanswered
 from orchestration.control import stop_left
 from orchestration.progress import Progress
@@ -28,7 +34,7 @@ def sweep(write_sweep) -> WrittenRun:
 
 
 def clone_of(sweep: WrittenRun, name: str, **changes: Any) -> Candidate:
-    return Judge(saved_sweep(sweep.paths, RUN), RUN).clone(name, checked_changes(changes))
+    return Admission(saved_sweep(sweep.paths, RUN), RUN).clone(name, checked_changes(changes))
 
 
 # What is changed
@@ -119,7 +125,7 @@ def test_clone_with_a_layer_that_the_model_lacks_is_refused(sweep):
 
 
 def test_clone_is_told_of_pitfalls_that_its_trial_did_not_have(sweep):
-    judge = Judge(saved_sweep(sweep.paths, RUN), RUN)
+    judge = Admission(saved_sweep(sweep.paths, RUN), RUN)
     found = judge.clone(sweep.names[0], {"target": "attn"})
     told = judge.warnings(found, sweep.names[0])
     assert any("reaches attention alone" in line for line in told)
