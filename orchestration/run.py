@@ -221,10 +221,10 @@ def require_same_plan(run: RunPaths, plan: Plan) -> None:
         "task",
         "choice",
     ):
-        if was.get(key) != now[key]:
+        if key in was and was[key] != now[key]:  # an earlier version knew fewer
             raise ValueError(
                 f"{shown(run.plan)}: a resumed sweep must plan the same {key}, the data, the model or Tenfold "
-                f"changed ({difference(was.get(key), now[key])}); start a new run with another name"
+                f"changed ({difference(was[key], now[key])}); start a new run with another name"
             )
 
 
@@ -353,7 +353,7 @@ def _conclude(run: RunPaths, plan: Plan, console: Console) -> int:
     unended = sum(record.status == "unfinished" for record in records)
     unended += len(planned - {record.name for record in records})
     if signals.received():
-        proposed = len(records) - len(clone_records(run))
+        proposed = sum(not record.repeats for record in records) - len(clone_records(run))
         unended += max(0, plan.num_proposed - proposed)  # nobody has asked for those yet
     if unended:  # Tune answers a signal by ending its loop: what has no end was interrupted
         console.print(
