@@ -7,12 +7,13 @@ from functools import lru_cache
 from cluster.inventory import Inventory, TrialDemand, workers_per_gpu
 from cluster.packing import FORWARD_TOKENS, PackPlan, worker_needs
 from cluster.strategy import Asked, DoesNotFitError, Needs, Workload, choose
+from orchestration.choice_config import asks_answers
 from orchestration.config import SweepConfig
 from orchestration.rl_config import generations_of
 from search_spaces.architecture import ModelShape
 from search_spaces.candidate import Candidate
 from search_spaces.domains import SearchSpace
-from search_spaces.pruner import MEMORY, SHARDED_VARIANT, Verdict
+from search_spaces.pruner import MEMORY, SHARDED_SAMPLING, SHARDED_VARIANT, Verdict
 from search_spaces.variants import DORA, WHOLE_WEIGHTS, parts_of, stored_rank
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
@@ -197,11 +198,18 @@ class MemoryRule:
                 "the base is sharded (strategy zero3); set variant: lora or rslora",
                 numbers={},
             )
-        if fit.way.strategy == "zero3" and self.config.method == "rl":
+        if fit.way.strategy == "zero3" and (asker := _asker(self.config)):
             return Verdict(
-                rule=MEMORY,
-                reason="method rl needs a whole base on each worker, which samples token by token, and it fits only "
+                rule=SHARDED_SAMPLING,
+                reason=f"{asker} needs a whole base on each worker, which samples token by token, and it fits only "
                 "in parts (strategy zero3); give larger GPUs",
                 numbers={"lora_rank": lora_rank},
             )
         return None
+
+
+def _asker(config: SweepConfig) -> str:
+    """What of a sweep samples completions; empty: nothing."""
+    if config.method == "rl":
+        return "method rl"
+    return "a metric of answers" if asks_answers(config) else ""

@@ -19,6 +19,7 @@ CAPACITY = "capacity"
 EXPERT_DROPOUT = "expert_dropout"
 EXPERT_VARIANT = "expert_variant"
 SHARDED_VARIANT = "sharded_variant"
+SHARDED_SAMPLING = "sharded_sampling"
 MEMORY = "memory"
 """The rule of cluster/, which this package cannot see: its numbers hold needed_bytes and room_bytes."""
 
@@ -34,7 +35,7 @@ class Discarded:
     Attributes:
         candidate: as it was proposed.
         rule: 'capacity', 'expert_dropout', 'expert_variant', or the name of a rule from outside ('memory',
-            'sharded_variant').
+            'sharded_variant', 'sharded_sampling').
         reason: one sentence for a person.
         numbers: what the sentence says, for plan.json; shared between equal verdicts.
     """
@@ -336,8 +337,10 @@ def _nothing_message(discarded: Sequence[Verdict]) -> str:
     if without_room:  # they hold the data: what is missing is memory
         nearest = min(without_room, key=lambda item: item.numbers["needed_bytes"])
         return f"nothing admitted: no candidate fits in memory; the nearest: {nearest.reason}"
-    if not by_capacity:
-        return f"nothing admitted: {discarded[0].reason}"
+    # Those of another rule hold the data as well: what is in their way is named, not the capacity of the others.
+    other = next((item for item in discarded if item.rule != CAPACITY), None)
+    if other is not None:
+        return f"nothing admitted: {other.reason}"
     best = max(by_capacity, key=lambda item: item.numbers["margin"])
     needed = int(best.numbers["sufficient_rank"])
     useful = int(best.numbers["max_useful_lora_rank"])

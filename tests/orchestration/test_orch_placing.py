@@ -67,6 +67,19 @@ def test_placed_plan_on_a_sharded_base_discards_the_variants_that_need_whole_wei
     assert not placed_plan(small, parse_inventory("1xH100-80GB"))["discarded"]
 
 
+@pytest.mark.parametrize(
+    ("keys", "who"),
+    [
+        ({"metric": "exact_match"}, "a metric of answers"),
+        ({"method": "rl", "examples": 1000, "dataset_tokens": None}, "method rl"),
+    ],
+)
+def test_placed_plan_that_samples_on_a_base_that_fits_in_parts_only_admits_nothing(keys, who):
+    config = config_of("Llama-3.1-70B", lora_rank=256, **keys)
+    with pytest.raises(NothingAdmittedError, match=f"{who} needs a whole base on each worker"):
+        placed_plan(config, parse_inventory("8xH100-80GB"))
+
+
 def test_placed_plan_of_a_pissa_holds_each_rank_twice():
     def needed(variant: str) -> int:
         config = config_of(
