@@ -77,7 +77,7 @@ def require_choice_keys(config: "SweepConfig") -> None:
     ValueError: keys of choosing that do not go together.
     """
     asks = asks_answers(config)
-    if config.method == "rl" and "metric" in config.model_fields_set:
+    if config.method == "rl" and config.metric != "eval_loss":
         raise ValueError(
             "metric is for method: sft; a sweep by rewards is judged by its reward; leave it out"
         )

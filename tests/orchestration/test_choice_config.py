@@ -73,6 +73,20 @@ def test_choice_is_told_to_the_trials():
     assert set(READY) == rewards.READY.keys()
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"method": "rl", "reward": "exact_match"},
+        {"metric": {"exact_match": 1.0}, "confirm": 2, "time_budget": "1h"},
+    ],
+)
+def test_choice_of_a_run_is_read_again_as_a_resume_reads_it(keys):
+    began = config(**keys)
+    saved = {k: v for k, v in began.model_dump(mode="json").items() if v is not None}
+    assert make_config(saved, "runs/run") == began
+
+
 def test_choice_of_a_file_is_read_before_anything_runs(workplace, base, write_rows, qa_rows):
     write_rows("train.jsonl", qa_rows(30))
     values = {"model": str(base), "data": "train.jsonl", "metric": "absent.py:score"}
