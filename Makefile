@@ -39,7 +39,7 @@ test-all: $(STAMP)
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/pyright
+	@$(BIN)/pyright --threads 2
 
 clean:
 	rm -rf .venv build dist *.egg-info
