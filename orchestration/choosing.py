@@ -51,8 +51,7 @@ def top_two(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     first = picked(found := usable(records))
     if first is None:
         return []
-    one_seed = replace(first.settings, seed=0)
-    second = picked([r for r in found if replace(r.settings, seed=0) != one_seed])
+    second = picked([r for r in found if r.but_for_seed != first.but_for_seed])
     return [first, second] if second else [first]
 
 
@@ -166,4 +165,4 @@ def _limit_lines(records: Sequence[TrialRecord]) -> list[str]:
 
 def _by_seed(members: Sequence[TrialRecord]) -> tuple[float, ...]:
     ordered = sorted(members, key=lambda record: record.candidate["seed"])
-    return tuple(mean_loss([record]) for record in ordered)
+    return tuple(record.usable_loss for record in ordered)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestration.lr_curves import best_of, is_usable, value_of
-from orchestration.results import TrialRecord
+from orchestration.lr_curves import best_of, value_of
+from orchestration.results import TrialRecord, usable
+from search_spaces.candidate import Candidate
 
 AXES = ("lora_rank", "global_batch_size")
 """The settings whose effects a report shows."""
@@ -38,7 +39,7 @@ def axis_effect(records: Sequence[TrialRecord], axis: str) -> list[Level]:
         members = [record for record in records if value_of(record, axis) == value]
         best = best_of(members)
         if best is not None:
-            losses = tuple(record.best_loss for record in members if is_usable(record))
+            losses = tuple(record.best_loss for record in usable(members))
             levels.append(Level(value=value, losses=losses, best=best, num_trials=len(members)))
     return levels if len(levels) > 1 else []
 
@@ -46,11 +47,10 @@ def axis_effect(records: Sequence[TrialRecord], axis: str) -> list[Level]:
 def seed_noise(records: Sequence[TrialRecord]) -> float | None:
     """Standard deviation of eval_loss between seeds of one candidate, pooled over the candidates that ended with
     several; None where none did. Those that were stopped early are left out: their losses are of other budgets."""
-    groups: dict[str, list[float]] = {}
+    groups: dict[Candidate, list[float]] = {}
     for record in records:
         if record.status == "finished" and record.best:
-            key = repr(sorted((record.candidate | {"seed": 0}).items()))
-            groups.setdefault(key, []).append(record.best_loss)
+            groups.setdefault(record.but_for_seed, []).append(record.best_loss)
     several = [losses for losses in groups.values() if len(losses) > 1]
     if not several:
         return None

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from orchestration.results import USABLE, TrialRecord
+from orchestration.results import TrialRecord, usable
 from search_spaces.candidate import GRID_FIELDS
 from search_spaces.studies.optimum import ArmOptimum, RateOptimum, arm_optimum, one_seed_optimum
 from search_spaces.studies.points import Point, Unsettled
@@ -50,12 +50,7 @@ class RateCurve:
 
 def best_of(records: Iterable[TrialRecord]) -> TrialRecord | None:
     """The usable trial with the best score, as it stands here."""
-    return min(filter(is_usable, records), key=lambda record: record.best_loss, default=None)
-
-
-def is_usable(record: TrialRecord) -> bool:
-    """Whether a trial can be chosen."""
-    return record.status in USABLE and record.best is not None
+    return min(usable(records), key=lambda record: record.best_loss, default=None)
 
 
 def rate_curves(records: Sequence[TrialRecord]) -> list[RateCurve]:
@@ -163,7 +158,7 @@ def _drawn(record: TrialRecord) -> dict[str, Any]:
         "seed": record.candidate["seed"],
         "status": record.status,
         "reason": record.reason,
-        "eval_loss": record.best_loss if is_usable(record) else None,
+        "eval_loss": record.best_loss if record.is_usable else None,
         "base_loss": record.base_loss,
         "trial": record.name,
     }

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestration.objective import LOSS, Objective, objective_named, objective_of_rows
@@ -49,6 +49,16 @@ class TrialRecord:
         return self.judge.loss(self.best) if self.best else math.inf
 
     @property
+    def is_usable(self) -> bool:
+        """Whether it has a score that counts: a diverged or failed trial never has, whatever it scored before."""
+        return self.status in USABLE and self.best is not None
+
+    @property
+    def usable_loss(self) -> float:
+        """`best_loss` of one that is usable; inf of another."""
+        return self.best_loss if self.is_usable else math.inf
+
+    @property
     def objective(self) -> Objective:
         """What it is judged by, as people know it."""
         key = self.judge.key
@@ -64,6 +74,11 @@ class TrialRecord:
     def settings(self) -> Candidate:
         """The candidate as an object, which knows its scale."""
         return Candidate.from_dict(self.candidate)
+
+    @property
+    def but_for_seed(self) -> Candidate:
+        """The candidate as all its seeds have it."""
+        return replace(self.settings, seed=0)
 
     @property
     def base_loss(self) -> float | None:
@@ -140,7 +155,7 @@ def best_trial(records: list[TrialRecord]) -> TrialRecord | None:
 
 def usable(records: Iterable[TrialRecord]) -> list[TrialRecord]:
     """Those that have a score that counts."""
-    return [record for record in records if record.status in USABLE and record.best]
+    return [record for record in records if record.is_usable]
 
 
 def picked(found: Sequence[TrialRecord]) -> TrialRecord | None:
@@ -167,8 +182,7 @@ def repeats_of(records: Iterable[TrialRecord]) -> dict[str, list[TrialRecord]]:
 
 def mean_loss(members: Sequence[TrialRecord]) -> float:
     """Mean over seeds; inf where one of them diverged or failed."""
-    counted = len(usable(members)) == len(members)
-    return statistics.fmean(record.best_loss for record in members) if counted else math.inf
+    return statistics.fmean(record.usable_loss for record in members)
 
 
 def mark_ended(paths: TrialPaths, status: str, reason: str) -> None:

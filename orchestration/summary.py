@@ -60,8 +60,8 @@ class Found:
         """The best of the candidates that are not the chosen one, whatever its seed."""
         if self.best is None:
             return None
-        mine = self.best.candidate | {"seed": 0}
-        return best_of(r for r in self.records if r.candidate | {"seed": 0} != mine)
+        mine = self.best.but_for_seed
+        return best_of(r for r in self.records if r.but_for_seed != mine)
 
 
 def summary(found: Found) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestration.choice_config import judge_of, task_spec
-from orchestration.results import USABLE, mark_ended, read_trial
+from orchestration.results import mark_ended, read_trial
 from orchestration.rl_config import rl_spec
 from orchestration.rungs import BY_SCHEDULER, CLOCK, RungLedger, stopped_trials
 from search_spaces.candidate import Candidate, trial_name
@@ -152,7 +152,6 @@ def history(run: RunPaths, without: Container[str] = ()) -> list[tuple[Candidate
         record = read_trial(run.trial(name))
         if record.status == "unfinished":
             continue
-        usable = record.status in USABLE and record.best is not None
-        loss = record.judge.loss(record.rows[-1]) if usable else None
+        loss = record.judge.loss(record.rows[-1]) if record.is_usable else None
         found.append((Candidate.from_dict(record.candidate), loss))
     return found
