@@ -7,8 +7,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+from orchestration.beside import beside
 from trainers.terminal import printable
 
 AFTER_S = 1.0
@@ -33,14 +35,8 @@ def working(text: str) -> Iterator[None]:
     if not sys.stderr.isatty():
         yield
         return
-    over = threading.Event()
-    thread = threading.Thread(target=_spin, args=(text, over), daemon=True)
-    thread.start()
-    try:
+    with beside(partial(_spin, text)):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _spin(text: str, over: threading.Event) -> None:

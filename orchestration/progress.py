@@ -4,11 +4,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 
+from orchestration.beside import beside
 from orchestration.console import PlainConsole
 from orchestration.live_view import view
 from orchestration.objective import LOSS, Objective
@@ -100,14 +102,8 @@ class Progress:
             return
         with self.lock:
             self.state.num_groups = num_groups
-        over = threading.Event()
-        thread = threading.Thread(target=self._look, args=(look, over), daemon=True)
-        thread.start()
-        try:
+        with beside(partial(self._look, look)):
             yield
-        finally:
-            over.set()
-            thread.join()
 
     def _look(self, look: Callable[[], Packs], over: threading.Event) -> None:
         while not over.wait(LOOK_S):
