@@ -20,6 +20,7 @@ from trainers.object_store import is_url
 OUR_PACKAGES = ("orchestration", "trainers", "search_spaces", "cluster")
 EXCLUDES = ("__pycache__", "*.pyc")
 PASSED_ON = (
+    "GOMP_SPINCOUNT",
     "HF_ENDPOINT",
     "HF_HUB_OFFLINE",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",

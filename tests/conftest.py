@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+# As a sweep sets it for its workers: the processes that share the tests share two CPUs. Read when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 OWN_PROCESS = "TENFOLD_TEST_OWN_PROCESS"
 ROOT = Path(__file__).resolve().parents[1]
 

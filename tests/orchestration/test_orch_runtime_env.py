@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from orchestration.runtime_env import (
     submitted_environment,
     worker_environment,
 )
+from orchestration.sweep import SETTINGS
 from trainers.data.cache import SHARED_CACHE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +59,15 @@ def test_runtime_env_carries_how_workers_work_and_no_secret(alone):
     assert env["env_vars"]["TENFOLD_CACHE"] == "/shared/cache"
     assert env["env_vars"]["HF_HUB_OFFLINE"] == "1"
     assert "hunter2" not in json.dumps(env)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch brings another OpenMP elsewhere")
+def test_setting_by_which_threads_give_way_reaches_the_workers_and_the_library_that_reads_it(alone):
+    alone.setenv("GOMP_SPINCOUNT", SETTINGS["GOMP_SPINCOUNT"])
+    reached = worker_environment(HEAD)["env_vars"] | {"OMP_DISPLAY_ENV": "verbose"}
+    loads = [sys.executable, "-c", "import torch"]
+    done = subprocess.run(loads, env=reached, capture_output=True, text=True, check=True)
+    assert f"GOMP_SPINCOUNT = '{SETTINGS['GOMP_SPINCOUNT']}'" in done.stderr
 
 
 @pytest.mark.parametrize("address", ["auto", "ray://head:10001", "local"])
