@@ -20,11 +20,10 @@ from benchmarks.step_arms import (
     Seconds,
     config_model_folder,
     fixed_rows,
-    gemm_flops_per_second,
     model_folder,
     one_at_a_time,
-    step_flops,
 )
+from benchmarks.step_flops import gemm_flops_per_second, step_flops
 from search_spaces.architecture import ModelShape
 from trainers.adapters import Pack
 from trainers.base_model import DTYPES

@@ -337,9 +337,7 @@ def check_naive(settings: Settings, dataset: str, work: Path, number: int, seeds
     print_verdicts(
         [
             verdict(
-                "the same held-out tokens: loss of the base",
-                max(gaps) < 1e-3,
-                f"{max(gaps):.1e} apart",
+                "same held-out tokens: loss of the base", max(gaps) < 1e-3, f"{max(gaps):.1e} apart"
             ),
             verdict(
                 f"the same learning: last eval_loss within {NEAR_LOSS:.0%} (medians over seeds)",

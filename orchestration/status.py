@@ -11,6 +11,7 @@ from typing import Any
 from orchestration.choosing import is_of_limit
 from orchestration.clones import clone_records
 from orchestration.commands import unanswered
+from orchestration.durations import duration
 from orchestration.objective import (
     Objective,
     objective_named,
@@ -230,19 +231,12 @@ def _best_lines(status: dict[str, Any]) -> list[str]:
 
 
 def _time(status: dict[str, Any]) -> str:
-    parts = [f"{_duration(status['trained_s'])} of training in all trials"]
+    parts = [f"{duration(status['trained_s'])} of training in all trials"]
     if status["began_s_ago"] is not None:
-        parts.append(f"began {_duration(status['began_s_ago'])} ago")
+        parts.append(f"began {duration(status['began_s_ago'])} ago")
     if status["evaluated_s_ago"] is not None:
-        parts.append(f"last evaluation {_duration(status['evaluated_s_ago'])} ago")
+        parts.append(f"last evaluation {duration(status['evaluated_s_ago'])} ago")
     return ", ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _running_lines(status: dict[str, Any]) -> list[str]:

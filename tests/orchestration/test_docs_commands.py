@@ -1,12 +1,13 @@
 """Every command of README and docs: read by the real argument parser, and run where that takes seconds.
 
-What starts Ray (sweep, resume, study, demo) or asks a cluster is read, with the files that it names; sweep, report
-and export of a finished run are run by the slow test at the end.
+What starts Ray (sweep, study, demo) or asks a cluster is read, with the files that it names; what goes on with a run
+(status, trial, resume, export) is run on one by the slow test at the end, and its first command made that run.
 """
 
 import argparse
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,6 +31,7 @@ OTHER_FILES = {
     "big.yaml": "model: base\ndata: good.jsonl\n",
 }
 """What pages name beside sweep.yaml, which is the README's."""
+FURTHER_FLAGS = ("--nfs", "server:/export")
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,14 @@ def commands() -> Iterator[Command]:
                 yield Command(
                     page=str(path.relative_to(ROOT)),
                     program=found[1].removeprefix(".venv/bin/"),
-                    arguments=tuple(word for word in words if word != "..."),  # further flags
+                    arguments=tuple(_further_flags(words)),
                 )
+
+
+def _further_flags(words: list[str]) -> Iterator[str]:
+    """Words with what a reader puts in the place of "..."."""
+    for word in words:
+        yield from FURTHER_FLAGS if word == "..." else (word,)
 
 
 def of_tenfold(*verbs: str) -> list[Command]:
@@ -103,13 +111,10 @@ def test_docs_command_is_one_that_the_parser_takes_and_names_files_that_are_ther
         assert config.is_file()
 
 
-def is_quick(command: Command) -> bool:
-    """Whether it ends in seconds without Ray."""
-    return not {"--address", "--provider", "--base-loss"} & set(command.arguments)
-
-
 @pytest.mark.parametrize(
-    "command", [each for each in of_tenfold("check", "plan", "cluster") if is_quick(each)], ids=str
+    "command",
+    [e for e in of_tenfold("check", "plan", "cluster") if "--address" not in e.arguments],
+    ids=str,
 )
 def test_docs_command_of_a_quick_verb_runs(command, place, capsys):
     assert cli.main(command.arguments) == 0
@@ -153,20 +158,30 @@ def test_docs_verbs_and_flags_named_in_a_page_are_there(path):
 
 
 @pytest.mark.slow
-def test_docs_chain_of_sweep_report_and_export_runs_as_the_readme_tells_it(
+def test_docs_commands_that_go_on_with_a_run_do_as_their_pages_tell(
     whole_sweep, monkeypatch, tmp_path, capsys
 ):
-    monkeypatch.chdir(whole_sweep)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TENFOLD_CACHE", str(tmp_path / "cache"))
-    told = [" ".join(each.arguments) for each in of_tenfold("sweep", "export")]
-    assert "sweep sweep.yaml" in told  # what whole_sweep ran
-    assert "export runs/NAME" in told
+    assert "sweep sweep.yaml" in [" ".join(each.arguments) for each in of_tenfold("sweep")]
+    shutil.copytree(whole_sweep / "runs", tmp_path / "runs")  # what that command left
+    run = tmp_path / "runs" / "whole"
     for name in ("report.html", "best/adapter_config.json"):
-        assert (whole_sweep / "runs" / "whole" / name).is_file()
-    out = tmp_path / "adapter"
-    assert cli.main(["export", "runs/whole", "-o", str(out)]) == 0
-    assert (out / "adapter_model.safetensors").is_file()
-    merged = tmp_path / "merged"
-    assert cli.main(["export", "runs/whole", "--merge", "-o", str(merged)]) == 0
-    assert (merged / "config.json").is_file()
-    assert str(merged) in capsys.readouterr().out
+        assert (run / name).is_file()
+    for command in sorted(of_tenfold("status", "resume", "export"), key=str):
+        assert cli.main(_on_run(command, run)) == 0, command
+    assert list((run / "export").glob("*/adapter_model.safetensors"))
+    assert cli.main(["export", "runs/whole", "--merge"]) == 0  # of a comment in the README
+    assert list((run / "export").glob("*/config.json"))
+    next(iter(run.glob("trials/*/status.json"))).unlink()  # as where a driver died before its end
+    for command in sorted(of_tenfold("trial"), key=str):
+        capsys.readouterr()
+        assert cli.main(_on_run(command, run)) == 0, command
+        assert "`tenfold resume runs/whole` obeys it" in capsys.readouterr().out
+
+
+def _on_run(command: Command, run: Path) -> list[str]:
+    """A command's arguments with a run in the place of NAME, and a trial of it that has no end in that of TRIAL."""
+    opened = (each.name for each in run.glob("trials/*") if not (each / "status.json").exists())
+    places = {"runs/NAME": f"runs/{run.name}", "TRIAL": next(opened, "TRIAL")}
+    return [places.get(word, word) for word in command.arguments]

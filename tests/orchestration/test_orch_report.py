@@ -105,6 +105,8 @@ def test_write_report_names_the_best_the_failed_and_the_discarded(run):
         "2.2500",
         "train_loss nan at step 3",
         "rank 1 is too small",
+        ">50,000 bits</td>",
+        ">20,000 bits</td>",
         "10 steps",
         "lora_alpha",
         "lora_rank 1, 2 on attn",

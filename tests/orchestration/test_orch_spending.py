@@ -102,7 +102,15 @@ def test_held_before_is_what_earlier_drivers_wrote(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0.0 s"), (59.94, "59.9 s"), (60, "1 min 0 s"), (3720, "1 h 2 min")]
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"),
+        (59.94, "59.9 s"),
+        (60, "1 min 0 s"),
+        (3720, "1 h 2 min"),
+        (47.6 * 3600, "47 h 36 min"),
+        (53 * 3600, "2 d 5 h"),
+    ],
 )
 def test_duration_is_in_units_that_people_read(seconds, text):
     assert duration(seconds) == text
