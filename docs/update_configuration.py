@@ -47,6 +47,9 @@ VARIABLES = {
     "HF_ENDPOINT, HF_HUB_OFFLINE": "another hub, or none; they reach the workers",
     "WANDB_API_KEY, WANDB_MODE, WANDB_PROJECT": "of `tracking: wandb`; without a key runs are written offline",
     "AWS_*, GOOGLE_APPLICATION_CREDENTIALS, AZURE_*": "of the client of a storage at a URL; credentials never travel",
+    "GOMP_SPINCOUNT": "how long the threads of a worker on CPUs spin while they wait for each other. A sweep sets "
+    "1000, so that they give way to other programs; 300000, libgomp's own, is up to a tenth faster where a worker "
+    "has its CPUs to itself, and 2 to 6 times slower where not (benchmarks/README.md)",
     "CUDA_VISIBLE_DEVICES": "the GPUs of this machine that may be used; empty: none",
     "RAY_AUTH_TOKEN": "of a guarded cluster that is joined by `--address`",
     "NO_COLOR": "set to anything: no colours; trained tokens of `check --show` then stand in ⟦ ⟧. So do they where "

@@ -47,8 +47,8 @@ SETTINGS = {
     "RAY_worker_maximum_startup_concurrency": "32",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
-    # libgomp's threads wait for each other in a loop that holds their CPU for milliseconds. Where anything else
-    # wants it (a second sweep, the driver), the thread they wait for is the one that does not run: 3 times slower.
+    # libgomp's threads wait for each other in a loop that holds their CPU for milliseconds. Where anything else wants
+    # it (a second sweep, the driver), the thread they wait for is the one that does not run: benchmarks/busy_cpus.py.
     "GOMP_SPINCOUNT": "1000",
 }
 """Variables by which Ray and its workers are set up for a sweep, unless its user set them."""

@@ -7,7 +7,6 @@ What starts Ray (sweep, study, demo) or asks a cluster is read, with the files t
 import argparse
 import re
 import shlex
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,7 +30,6 @@ OTHER_FILES = {
     "big.yaml": "model: base\ndata: good.jsonl\n",
 }
 """What pages name beside sweep.yaml, which is the README's."""
-FURTHER_FLAGS = ("--nfs", "server:/export")
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Command:
 def lines_of(text: str) -> Iterator[str]:
     """Those of fenced blocks, and code in the text that begins as a command does."""
     for language, block in FENCE.findall(text):
-        yield from block.splitlines() if language in SHELLS else ()
+        yield from block.replace("\\\n", "").splitlines() if language in SHELLS else ()
     yield from re.findall(r"`(\.venv/bin/tenfold [^`\n]+)`", FENCE.sub("", text))
 
 
@@ -62,14 +60,8 @@ def commands() -> Iterator[Command]:
                 yield Command(
                     page=str(path.relative_to(ROOT)),
                     program=found[1].removeprefix(".venv/bin/"),
-                    arguments=tuple(_further_flags(words)),
+                    arguments=tuple(words),
                 )
-
-
-def _further_flags(words: list[str]) -> Iterator[str]:
-    """Words with what a reader puts in the place of "..."."""
-    for word in words:
-        yield from FURTHER_FLAGS if word == "..." else (word,)
 
 
 def of_tenfold(*verbs: str) -> list[Command]:
@@ -159,13 +151,12 @@ def test_docs_verbs_and_flags_named_in_a_page_are_there(path):
 
 @pytest.mark.slow
 def test_docs_commands_that_go_on_with_a_run_do_as_their_pages_tell(
-    whole_sweep, monkeypatch, tmp_path, capsys
+    whole_folder, monkeypatch, capsys
 ):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TENFOLD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(whole_folder)
+    monkeypatch.setenv("TENFOLD_CACHE", str(whole_folder / "cache"))
     assert "sweep sweep.yaml" in [" ".join(each.arguments) for each in of_tenfold("sweep")]
-    shutil.copytree(whole_sweep / "runs", tmp_path / "runs")  # what that command left
-    run = tmp_path / "runs" / "whole"
+    run = whole_folder / "runs" / "whole"  # what that command left
     for name in ("report.html", "best/adapter_config.json"):
         assert (run / name).is_file()
     for command in sorted(of_tenfold("status", "resume", "export"), key=str):
