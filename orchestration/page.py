@@ -55,21 +55,22 @@ summary { cursor: pointer; font-weight: 600; margin: 8px 0; }
   .chart :is(.scatterlayer, .legend .layers) { filter: brightness(1.3); } }
 .wide { grid-column: 1 / -1; }
 @media print { body { max-width: none; padding: 0; } .chart, .box, .tile, tr { break-inside: avoid; }
-  .charts { display: block; } .chart { margin-bottom: 12px; } .scroll, pre { overflow: visible; }
-  pre, td.name { white-space: pre-wrap; } td.name { overflow-wrap: anywhere; } table { font-size: 9px; }
+  .charts { display: block; } .chart { margin-bottom: 12px; zoom: 0.75; } .scroll, pre { overflow: visible; }
+  pre, td.name { white-space: pre-wrap; } td.name { overflow-wrap: anywhere; min-width: 10em; }
+  table { font-size: 9px; }
   th { white-space: normal; } th, td { padding: 3px 4px; } h2 { break-after: avoid; }
   .box, .tile { print-color-adjust: exact; } }
 """
 
 # The first chart is drawn before the grid has its other cells: each takes its cell's size at the end.
-# A printed page is narrower than the window.
+# A printed page is narrower than the window, and charts on it are smaller (zoom), so that two go on one.
 SCRIPT = """
 const plots = () => document.querySelectorAll('.js-plotly-plot');
 const resize = () => { for (const plot of plots()) Plotly.Plots.resize(plot); };
 resize();
 addEventListener('beforeprint', () => {
   for (const folded of document.querySelectorAll('details')) folded.open = true;
-  for (const plot of plots()) Plotly.relayout(plot, {width: 660});
+  for (const plot of plots()) Plotly.relayout(plot, {width: 880});
 });
 addEventListener('afterprint', () => {
   for (const plot of plots()) Plotly.relayout(plot, {width: null, autosize: true});

@@ -1,5 +1,6 @@
 """Pages as a browser makes them: headless Chromium, where there is one."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -37,3 +38,12 @@ def opened(page: Path, *, dark: bool = False) -> tuple[str, list[str]]:
         check=True,
     )
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def num_printed_pages(page: Path) -> int:
+    """On how many sheets a page is printed."""
+    sheets = page.with_suffix(".pdf")
+    profile = f"--user-data-dir={page.parent / 'chrome'}"
+    command = [str(CHROMIUM), *OPTIONS, profile, f"--print-to-pdf={sheets}", page.as_uri()]
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    return len(re.findall(rb"/Type\s*/Page\b", sheets.read_bytes()))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.report import render, write_report
-from tests.orchestration.browser import CHROMIUM, opened
+from tests.orchestration.browser import CHROMIUM, num_printed_pages, opened
 from tests.orchestration.sweep_records import grid_records, record
 from tests.orchestration.sweeps import candidate_dict
 from trainers.data import DataSpec, audit_data
@@ -288,3 +288,10 @@ def test_write_report_in_chromium_draws_every_chart_without_an_error(tmp_path, d
     assert ">the untouched base<" in retention
     (page, tick) = re.findall(r"rgb\((\d+), (?:\d+), (?:\d+)\)", dom[dom.rindex("⟦") :])
     assert (int(page) < 40, int(tick) > 200) == (dark, dark)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_write_report_prints_charts_in_pairs_and_names_of_trials_on_few_lines(tmp_path):
+    assert (
+        num_printed_pages(grid_page(tmp_path)) <= 10
+    )  # 15 with a chart a sheet and a name of 20 lines
