@@ -33,7 +33,7 @@ from orchestration.tracking import make_trackers
 from orchestration.trials import TrialMaker
 from tests.orchestration import stubs
 from tests.orchestration.local_cluster import local_cluster
-from tests.orchestration.test_orch_pool import assert_nothing_left
+from tests.orchestration.pools import assert_nothing_left
 from tests.orchestration.test_orch_preflight import FACTS, NEEDS
 from tests.orchestration.tracked import FakeWandb
 from trainers.paths import RunPaths, write_state

@@ -19,6 +19,7 @@ from orchestration.config import load_config
 from orchestration.packs import measurement
 from orchestration.planning import make_plan
 from orchestration.pool import Pool
+from tests.orchestration.pools import DEMAND, pool_of, serve_constant, write_trials
 from tests.orchestration.sweeps import (
     WHOLE,
     ended,
@@ -29,7 +30,6 @@ from tests.orchestration.sweeps import (
     wait_until,
     write_config,
 )
-from tests.orchestration.test_orch_pool import DEMAND, pool_of, serve_constant, write_trials
 from tests.trainers.links import as_command
 from tests.trainers.trials import CANDIDATE, numbers, trial
 from trainers.checkpoint_folder import checkpoint_examples

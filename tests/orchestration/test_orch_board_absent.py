@@ -8,7 +8,7 @@ from orchestration.board import DEADLINE_GRACE_S, MAX_STARTS, Board
 from orchestration.broker import Broker
 from orchestration.group_watch import how_it_died, was_preempted
 from orchestration.suspects import MAX_DEATHS
-from tests.orchestration.test_orch_board import (
+from tests.orchestration.boards import (
     ask_all,
     board_of,
     end_event,

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.inventory import Inventory, TrialDemand
+from cluster.inventory import Inventory
 from orchestration.local_ray import token_file
-from orchestration.preflight import Needs, checked_inventory
+from orchestration.preflight import checked_inventory
 from tests.conftest import s3_environment
+from tests.orchestration.nodes import CPU, names_in, needs_on, on_node, start_node
 from tests.orchestration.sweeps import BASE, FUNCTIONS, ROOT, ended, start, statuses, told
 from trainers.object_store import ObjectStore
 
-CPU = TrialDemand(num_workers=1, cpus_per_worker=1, gpus_per_worker=0)
 INVENTORY = Inventory(num_cpus=1, num_gpus=0, where="the Ray cluster")
 START_S = 60
 FREED_S = 30
@@ -83,26 +83,6 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory, s3_port: int) -> Iterato
         os.environ.update(before)
 
 
-def start_node(address: str, private: Path, log: Path) -> subprocess.Popen[bytes]:
-    """A raylet that finds neither our packages nor what the driver writes into `private`."""
-    site = Path(yaml.__file__).parents[1]
-    (tenfold,) = site.glob("__editable__*tenfold*.pth")
-    ray = Path(sys.executable).with_name("ray")
-    script = (
-        f"mount -t tmpfs tmpfs {private} && mount --bind /dev/null {tenfold} && "
-        f"exec {ray} start --address={address} --num-cpus=1 --block --disable-usage-stats"
-    )
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    with log.open("wb") as file:
-        return subprocess.Popen(
-            ["unshare", "-m", "--propagation", "private", "sh", "-c", script],
-            cwd="/",
-            env=env,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-
-
 @pytest.fixture
 def model(two_nodes: TwoNodes) -> Iterator[Path]:
     """A model's folder that the driver alone sees."""
@@ -125,30 +105,6 @@ def nothing_is_held_afterwards(request: pytest.FixtureRequest) -> Iterator[None]
     while held := [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]:
         assert time.monotonic() < deadline, held
         time.sleep(0.2)
-
-
-def needs_on(storage: Path, model: Path = BASE, storage_bytes: int = 1) -> Needs:
-    return Needs(
-        model=str(model),
-        revision=None,
-        inputs=(str(FUNCTIONS),),
-        storage=str(storage),
-        demand=CPU,
-        storage_bytes=storage_bytes,
-    )
-
-
-def on_node(node: str, function: object, *arguments: object, **options: object) -> object:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-    task = ray.remote(function).options(num_cpus=0, scheduling_strategy=strategy, **options)
-    return ray.get(task.remote(*arguments))
-
-
-def names_in(folder: str) -> list[str]:
-    return os.listdir(folder)
 
 
 @pytest.mark.ray

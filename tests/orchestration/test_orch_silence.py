@@ -4,7 +4,7 @@ import asyncio
 
 from orchestration.broker import Broker
 from orchestration.silence import Silence
-from tests.orchestration.test_orch_board import ask_all, trial
+from tests.orchestration.boards import ask_all, trial
 
 HANG_S = 60.0
 
