@@ -52,7 +52,3 @@ def on_node(node: str, function: object, *arguments: object, **options: object) 
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)
     task = ray.remote(function).options(num_cpus=0, scheduling_strategy=strategy, **options)
     return ray.get(task.remote(*arguments))
-
-
-def names_in(folder: str) -> list[str]:
-    return os.listdir(folder)

@@ -20,7 +20,7 @@ from cluster.inventory import Inventory
 from orchestration.local_ray import token_file
 from orchestration.preflight import checked_inventory
 from tests.conftest import s3_environment
-from tests.orchestration.nodes import CPU, names_in, needs_on, on_node, start_node
+from tests.orchestration.nodes import CPU, needs_on, on_node, start_node
 from tests.orchestration.sweeps import BASE, FUNCTIONS, ROOT, ended, start, statuses, told
 from trainers.object_store import ObjectStore
 
@@ -105,6 +105,10 @@ def nothing_is_held_afterwards(request: pytest.FixtureRequest) -> Iterator[None]
     while held := [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]:
         assert time.monotonic() < deadline, held
         time.sleep(0.2)
+
+
+def names_in(folder: str) -> list[str]:
+    return os.listdir(folder)
 
 
 @pytest.mark.ray

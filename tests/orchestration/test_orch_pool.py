@@ -101,7 +101,7 @@ def test_pool_trial_that_kills_its_workers_fails_with_its_reason_and_the_others_
 def test_pool_group_that_hangs_is_ended_and_its_trials_go_on(run, monkeypatch):
     monkeypatch.setenv("TENFOLD_HANG_S", "4")  # these workers speak every second
     monkeypatch.setattr(
-        "tests.orchestration.test_orch_pool.DEMAND",
+        "tests.orchestration.pools.DEMAND",
         TrialDemand(num_workers=2, cpus_per_worker=1, gpus_per_worker=0),
     )
     with pool_of(run, 1, serve_together) as pool:
