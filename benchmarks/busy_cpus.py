@@ -19,6 +19,7 @@ from benchmarks.common import (
     FUNCTIONS,
     base_parser,
     machine_text,
+    plain_candidate,
     results_of,
     rewrite_readme,
     say,
@@ -28,23 +29,10 @@ from benchmarks.common import (
     write_result,
 )
 from orchestration.sweep import SETTINGS
-from search_spaces.candidate import Candidate
 
 VARIABLE = "GOMP_SPINCOUNT"
 SPINS = {"libgomp's": None, "a sweep's": SETTINGS[VARIABLE]}
-CANDIDATE = Candidate(
-    learning_rate=1e-3,
-    lora_rank=16,
-    lora_alpha=32.0,
-    global_batch_size=16,
-    target=("attn", "mlp", "unembed"),
-    lr_schedule="constant",
-    warmup=0.0,
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-    dropout=0.0,
-    seed=0,
-)
+CANDIDATE = plain_candidate(1e-3, 16, 32.0, 16, ("attn", "mlp", "unembed"))
 AT_ONCE = {"alone": 1, "two at once": 2}
 
 
@@ -57,8 +45,8 @@ def main() -> None:
         samples: dict[str, list[float]] = {}
         for repeat in range(args.repeats):
             for name, count in AT_ONCE.items():
-                for spin in SPINS:
-                    found = seconds(count, SPINS[spin], args.examples)
+                for spin, value in SPINS.items():
+                    found = seconds(count, value, args.examples)
                     samples.setdefault(f"{name}, {spin}", []).extend(found)
                     say(f"{repeat + 1}/{args.repeats} {name}, {spin}: {spread_text(found, ' s')}")
         settings = {"repeats": args.repeats, "examples": args.examples, VARIABLE: SPINS}

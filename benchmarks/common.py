@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from search_spaces.candidate import Candidate
 from trainers.paths import read_json, write_json, write_text
 from trainers.speed import cpu_name
 
@@ -134,6 +135,29 @@ def rewrite_readme(marker: str, lines: Sequence[str]) -> None:
     before, rest = text.split(begin)
     write_text(README, "\n".join([f"{before}{begin}", *lines, f"{end}{rest.split(end)[1]}"]))
     say(f"rewrote {marker} in {README}")
+
+
+def plain_candidate(
+    learning_rate: float,
+    lora_rank: int,
+    lora_alpha: float,
+    global_batch_size: int,
+    target: tuple[str, ...],
+) -> Candidate:
+    """One with a constant rate and nothing that a benchmark does not vary."""
+    return Candidate(
+        learning_rate=learning_rate,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        global_batch_size=global_batch_size,
+        target=target,
+        lr_schedule="constant",
+        warmup=0.0,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        dropout=0.0,
+        seed=0,
+    )
 
 
 def results_of(folder: Path, pattern: str) -> list[tuple[str, dict[str, Any]]]:

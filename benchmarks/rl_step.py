@@ -24,6 +24,7 @@ from benchmarks.common import (
     BASE_MODEL,
     base_parser,
     machine_text,
+    plain_candidate,
     read_part,
     results_of,
     rewrite_readme,
@@ -40,7 +41,6 @@ from benchmarks.step_arms import (
     model_folder,
 )
 from benchmarks.step_cells import alternate
-from search_spaces.candidate import Candidate
 from trainers.base_model import BaseSpec, load_base
 from trainers.comm import Comm
 from trainers.data import DataSpec
@@ -87,19 +87,7 @@ class Step:
 
     def trial(self, model: Path, folder: Path) -> TrialSpec:
         """A trial whose station the steps are made on."""
-        candidate = Candidate(
-            learning_rate=LR,
-            lora_rank=self.lora_rank,
-            lora_alpha=LORA_ALPHA,
-            global_batch_size=self.prompts,
-            target=TARGET,
-            lr_schedule="constant",
-            warmup=0.0,
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            dropout=0.0,
-            seed=0,
-        )
+        candidate = plain_candidate(LR, self.lora_rank, LORA_ALPHA, self.prompts, TARGET)
         return TrialSpec(
             name="bench",
             folder=folder,

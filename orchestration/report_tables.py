@@ -29,7 +29,6 @@ from orchestration.show import (
 from orchestration.show_audit import data_text, short_cells
 from orchestration.studies.axes import rate_text
 from orchestration.studies.curves import interval_text, tolerance_text
-from search_spaces.pruner import CAPACITY
 from search_spaces.studies.points import Unsettled
 from search_spaces.variants import PLAIN
 from trainers.credentials import masked
@@ -162,18 +161,18 @@ def discarded_table(plan: dict[str, Any]) -> str:
             str(c["global_batch_size"]),
             target_text(c),
         ]
-        amounts = _needed_and_there(item, plan["dataset_bits"])
-        rows.append(("", [*cells, item["rule"], *amounts, item["reason"]]))
+        rows.append(("", [*cells, item["rule"], *_amounts(item["numbers"]), item["reason"]]))
     return cut + folded_table(headers, rows)
 
 
-def _needed_and_there(item: dict[str, Any], dataset_bits: int) -> tuple[str, str]:
-    """What a discarded candidate would have needed, and what there is, of a rule that compares two amounts."""
-    if item["rule"] == CAPACITY:
-        return f"{dataset_bits:,} bits", f"{item['adapter_bits']:,} bits"
-    numbers = item["numbers"]
-    if "needed_bytes" in numbers:
-        return f"{numbers['needed_bytes']:,} bytes", f"{numbers['room_bytes']:,} bytes"
+COMPARED = (("dataset_bits", "adapter_bits", "bits"), ("needed_bytes", "room_bytes", "bytes"))
+"""What the numbers of a verdict call what is needed and what there is, where its rule compares two amounts."""
+
+
+def _amounts(numbers: dict[str, Any]) -> tuple[str, str]:
+    for needed, there, unit in COMPARED:
+        if needed in numbers:
+            return f"{numbers[needed]:,} {unit}", f"{numbers[there]:,} {unit}"
     return "", ""
 
 

@@ -12,8 +12,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-# As a sweep sets it for its workers: the processes that share the tests share two CPUs. Read when torch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+from orchestration.sweep import SETTINGS
+
+# As a sweep has it for its workers: the processes that share the tests share two CPUs. Read when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", SETTINGS["GOMP_SPINCOUNT"])
 OWN_PROCESS = "TENFOLD_TEST_OWN_PROCESS"
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -29,21 +29,19 @@ def dom_of(page: Path) -> str:
 def opened(page: Path, *, dark: bool = False) -> tuple[str, list[str]]:
     """The document after the page's scripts ran, and what it wrote to the console."""
     scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
-    command = [str(CHROMIUM), *OPTIONS, *scheme, f"--user-data-dir={page.parent / 'chrome'}"]
-    done = subprocess.run(
-        [*command, "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
+    done = _ran(page, *scheme, "--dump-dom")
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 def num_printed_pages(page: Path) -> int:
     """On how many sheets a page is printed."""
     sheets = page.with_suffix(".pdf")
-    profile = f"--user-data-dir={page.parent / 'chrome'}"
-    command = [str(CHROMIUM), *OPTIONS, profile, f"--print-to-pdf={sheets}", page.as_uri()]
-    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    _ran(page, f"--print-to-pdf={sheets}")
     return len(re.findall(rb"/Type\s*/Page\b", sheets.read_bytes()))
+
+
+def _ran(page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Chromium on a page, to its end."""
+    profile = f"--user-data-dir={page.parent / 'chrome'}"
+    command = [str(CHROMIUM), *OPTIONS, profile, *flags, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

@@ -73,7 +73,7 @@ def plan() -> dict:
         "candidate": candidate(1e-3, 1),
         "adapter_bits": 20_000,
         "rule": "capacity",
-        "numbers": {"lora_rank": 1},
+        "numbers": {"lora_rank": 1, "adapter_bits": 20_000, "dataset_bits": 50_000},
         "reason": "rank 1 is too small",
     }
     return {

@@ -3,6 +3,7 @@ of an undisturbed one."""
 
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -10,8 +11,7 @@ import pytest
 
 from tests.spoilers import emptied, flipped, removed, truncated
 from tests.trainers.links import FakeLink, enter
-from tests.trainers.trials import CANDIDATE, numbers, trial
-from trainers.base_model import BaseSpec
+from tests.trainers.trials import numbers
 from trainers.comm import Comm
 from trainers.integrity import CHECKSUMS, check_folder, sound_rows
 from trainers.mirror import fetch_folder, local_folder, opened
@@ -28,16 +28,9 @@ class Killed(Exception):
 
 
 @pytest.fixture
-def make(data_file, tmp_path, tiny_folder):
-    """make(name): a trial with evaluations after 0, 4, 8 and 12 examples."""
-
-    def made(name: str) -> TrialSpec:
-        base = BaseSpec(model=tiny_folder, quantization="none", dtype="fp64")
-        candidate = replace(CANDIDATE, global_batch_size=4)
-        own = {"num_examples": 12, "eval_every": 4, "base": base, "candidate": candidate}
-        return trial(data_file, tmp_path / name, **own)
-
-    return made
+def make(make, fp64):
+    """make(name, ...): a trial with evaluations after 0, 4, 8 and 12 examples, one forward a step."""
+    return partial(make, base=fp64, micro_batch_size=4)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The gate of every save in a trial: who ends by what it refuses, and who goes on."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from tests.trainers.links import FakeLink, allow, enter
 from tests.trainers.test_gate import ADAPTER, LAYERS, emptied
 from tests.trainers.tiny import tiny_model
-from tests.trainers.trials import CANDIDATE, numbers, trial
+from tests.trainers.trials import numbers
 from trainers import checkpoint
-from trainers.base_model import BaseSpec
 from trainers.comm import Comm
 from trainers.integrity import seal_folder
 from trainers.pack_server import PackServer
@@ -37,16 +37,9 @@ class Saver:
 
 
 @pytest.fixture
-def make(data_file, tmp_path, tiny_folder):
-    """make(name): a trial with evaluations after 4, 8 and 12 examples."""
-
-    def made(name: str, **changes) -> TrialSpec:
-        base = BaseSpec(model=tiny_folder, quantization="none", dtype="fp64")
-        candidate = replace(CANDIDATE, **({"global_batch_size": 4} | changes))
-        own = {"num_examples": 12, "eval_every": 4, "base": base, "candidate": candidate}
-        return trial(data_file, tmp_path / "trials" / name, **own)
-
-    return made
+def make(make, fp64):
+    """make(name, ...): a trial with evaluations after 4, 8 and 12 examples, one forward a step."""
+    return partial(make, base=fp64, micro_batch_size=4)
 
 
 def assert_failed(spec: TrialSpec, reason: str, examples: int) -> None:

@@ -32,14 +32,9 @@ def make(data_file, tmp_path, tiny_folder):
 
 
 @pytest.fixture
-def alone(tmp_path):
-    """alone(spec): its rows after training by itself, in a folder of its own, without those of the base."""
-
-    def rows(spec: TrialSpec) -> list[dict]:
-        folder = tmp_path / "alone" / spec.name
-        return numbers(train_trial(replace(spec, folder=folder), lambda row: True).rows)[1:]
-
-    return rows
+def alone(alone):
+    """alone(spec): its rows after training by itself, without that of the base."""
+    return lambda spec: alone(spec)[1:]
 
 
 def die() -> bool:
